@@ -1,0 +1,48 @@
+"""Basinscope: measure the loss basin around a trained model.
+
+Importing this package is inert: no torch, no device probe. Names load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from basinscope.analysis.llc import compute_llc
+    from basinscope.api import llc
+    from basinscope.io.store import open_store
+    from basinscope.sampling.sample import sample
+    from basinscope.sampling.tokenize import tokenize_and_concatenate
+
+_HOME = {
+    "sample": "basinscope.sampling.sample",
+    "llc": "basinscope.api",
+    "compute_llc": "basinscope.analysis.llc",
+    "open_store": "basinscope.io.store",
+    "tokenize_and_concatenate": "basinscope.sampling.tokenize",
+}
+
+__all__ = [
+    "__version__",
+    "compute_llc",
+    "llc",
+    "open_store",
+    "sample",
+    "tokenize_and_concatenate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'basinscope' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

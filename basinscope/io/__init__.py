@@ -1,0 +1,1 @@
+"""Stores: what is written, how, and in which state it is."""

@@ -1,0 +1,169 @@
+"""Write rows in the background: sampling fills buffers, one thread encodes and writes them."""
+
+from __future__ import annotations
+
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+PENDING_BYTES = 256 * 2**20  # most bytes that wait for the disk before put() waits too
+
+
+class StoreWriteError(RuntimeError):
+    """The store could not be written; the cause is chained."""
+
+
+class BackgroundWriter:
+    """A bounded queue in front of one writing thread.
+
+    Parameters
+    ----------
+    path : Path
+        The store, for messages.
+    arrays : dict of str to zarr.Array
+        Where to write.
+    pending_bytes : int
+        Bytes that may wait; beyond them :meth:`put` blocks (back-pressure).
+
+    Attributes
+    ----------
+    write_seconds, stall_seconds : float
+        Time the thread spent writing, and time callers spent waiting for it.
+    bytes_taken : int
+        Bytes handed over, before encoding.
+    """
+
+    def __init__(
+        self, path: Path, arrays: dict[str, zarr.Array], pending_bytes: int = PENDING_BYTES
+    ) -> None:
+        self.path = path
+        self.arrays = arrays
+        self.pending_bytes = pending_bytes
+        self.write_seconds = 0.0
+        self.stall_seconds = 0.0
+        self.bytes_taken = 0
+        self._waiting = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="basinscope-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, name: str, region: Any, values: np.ndarray) -> None:
+        """Write ``values`` to ``region`` of an array soon. The caller must not change them.
+
+        Raises
+        ------
+        StoreWriteError
+            If this or an earlier write failed.
+        """
+        start = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._error or not self._waiting or self._waiting < self.pending_bytes
+            )
+            self._waiting += values.nbytes
+        self.stall_seconds += time.perf_counter() - start
+        self.check()
+        self.bytes_taken += values.nbytes
+        self._jobs.put((values.nbytes, lambda: self._write(name, region, values)))
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Run ``action`` on the writing thread once everything handed over so far is on disk."""
+        with self._changed:
+            self._waiting += 1
+        self._jobs.put((1, action))
+
+    def check(self) -> None:
+        """Raise the error of an earlier write, if there was one."""
+        if self._error is not None:
+            free = shutil.disk_usage(self.path).free if self.path.exists() else 0
+            raise StoreWriteError(
+                f"writing to {self.path} failed: {self._error} ({free / 2**20:.0f} MiB are free "
+                "there). Sampling stopped; make room or repair the cause, then make the same "
+                "call again: finished chains are kept."
+            ) from self._error
+
+    def drain(self) -> None:
+        """Wait until everything handed over is on disk; raises what :meth:`put` raises."""
+        start = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._error or not self._waiting)
+        self.stall_seconds += time.perf_counter() - start
+        self.check()
+
+    def close(self) -> None:
+        """Finish the queue and end the thread, without raising."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            waiting, work = job
+            try:
+                if self._error is None:
+                    work()
+            except BaseException as error:
+                self._error = error
+            finally:
+                with self._changed:
+                    self._waiting -= waiting
+                    self._changed.notify_all()
+
+    def _write(self, name: str, region: Any, values: np.ndarray) -> None:
+        start = time.perf_counter()
+        self.arrays[name][region] = values
+        self.write_seconds += time.perf_counter() - start
+
+
+class RowBuffer:
+    """Collects the rows of one array and one chain, and hands over a file's worth at a time.
+
+    Parameters
+    ----------
+    writer : BackgroundWriter
+    name : str
+        The array; its dimensions are (chain, row, ...).
+    chain : int
+    first_row : int
+        Row that the next :meth:`append` is.
+    stack : callable
+        Turns a list of rows into one array (row, ...); runs once per file, so that rows may stay
+        where they were made until then.
+    """
+
+    def __init__(
+        self,
+        writer: BackgroundWriter,
+        name: str,
+        chain: int,
+        first_row: int,
+        stack: Callable[[list[Any]], np.ndarray],
+    ) -> None:
+        array = writer.arrays[name]
+        self.writer, self.name, self.chain, self.stack = writer, name, chain, stack
+        self.rows_per_file = (array.shards or array.chunks)[1]
+        self.start = first_row
+        self.rows: list[Any] = []
+
+    def append(self, row: Any) -> None:
+        """Take one row; hands over when a file is full."""
+        self.rows.append(row)
+        end = self.start + len(self.rows)
+        if end % self.rows_per_file == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over what has been collected, a full file or not."""
+        if not self.rows:
+            return
+        end = self.start + len(self.rows)
+        self.writer.put(self.name, (self.chain, slice(self.start, end)), self.stack(self.rows))
+        self.start, self.rows = end, []

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors: noise, the SGLD update, cross-entropy. It knows no models or stores."""

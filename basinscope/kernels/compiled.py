@@ -1,0 +1,429 @@
+"""The CPU path, compiled by numba: Philox noise and the SGLD update, block by block.
+
+A block is at most ``BLOCK`` consecutive elements of one tensor, small enough that the noise and
+everything read stay in the first-level cache between the short loops below. Tensors come as
+addresses, so one call serves all parameters; work on one block depends on nothing but the block,
+so any split over threads gives the same bits.
+
+Numba's on-disk cache notices changes of the file a function is in, and of no other. What is inlined
+here from another file therefore stands below with its digest, which a test compares.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.extending import intrinsic, overload
+
+from basinscope.kernels.polynomials import COS, LOG, MINUS_TWO_LN_TWO, SIN, SQRT_HALF_BITS
+
+INLINED = {"polynomials.py": "446885596c2a7d56"}
+
+BLOCK = 2048
+N_SUMS = 9
+
+# numba has no 16-bit floats: they travel as uint16, with a number that says how to read them
+_STORAGE: dict[torch.dtype, tuple[Any, int | None]] = {
+    torch.float32: (np.float32(0), None),
+    torch.float64: (np.float64(0), None),
+    torch.bfloat16: (np.uint16(0), 0),
+    torch.float16: (np.uint16(0), 1),
+}
+
+# Products may be contracted with sums, and long sums reordered to vectorise; nothing else is
+# relaxed: NaN and infinity keep their meaning, and so do differences that are taken for accuracy.
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+SUMMING: dict[str, Any] = {**OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
+
+
+def jit(function: Any) -> Any:
+    """Compile with an on-disk cache, or without one where no directory can hold it."""
+    try:
+        return numba.njit(cache=True, **OPTIONS)(function)
+    except RuntimeError:
+        return numba.njit(**OPTIONS)(function)
+
+
+def storage_of(dtype: torch.dtype) -> tuple[Any, int | None]:
+    """The `storage` and `half` arguments of the kernels for tensors of this dtype."""
+    return _STORAGE[dtype]
+
+
+_inline = numba.njit(forceinline=True, **OPTIONS)
+
+
+@jit
+def langevin_blocks(
+    first: int,
+    last: int,
+    tensor_of: Any,
+    start_of: Any,
+    sizes: Any,
+    streams: Any,
+    weights: Any,
+    gradients: Any,
+    anchors: Any,
+    masks: Any,
+    squares: Any,
+    storage: Any,
+    half: Any,
+    key0: int,
+    key1: int,
+    step: int,
+    chain: int,
+    constants: Any,
+    sums: Any,
+) -> None:
+    """Update blocks ``first`` to ``last - 1`` in place.
+
+    `tensor_of`, `start_of` (one entry per block) say which elements a block is; `sizes`,
+    `streams` (parameter index) and the five address arrays have one entry per tensor. A zero
+    address means: no gradient (leave the tensor alone), no anchor, no mask. `squares` is None
+    without RMSprop. `storage` is a scalar of the stored type, with `half` None; for the 16-bit
+    types it is a uint16 and `half` 0 for bfloat16, 1 for float16. `constants` has the type of the
+    arithmetic. `sums` (blocks, 9) receives the raw sums of the metrics, or is None.
+    """
+    gradient_factor, decay_factor, pull_factor, noise_factor, box, alpha, eps = constants
+    noise = np.zeros(BLOCK, np.float32)
+    zeros = np.zeros(BLOCK, constants.dtype)
+    gain = np.empty(BLOCK, constants.dtype)
+    scratch = np.empty((3, BLOCK), constants.dtype)
+    for block in range(first, last):
+        t = tensor_of[block]
+        if gradients[t] == 0:
+            continue
+        start = start_of[block]
+        count = min(BLOCK, sizes[t] - start)
+        if noise_factor != 0:
+            _normal(noise, (count + 3) // 4, start // 4, streams[t], step, chain, key0, key1)
+        w = read(weights[t], start, count, storage, half, scratch[0])
+        g = read(gradients[t], start, count, storage, half, scratch[1])
+        w0 = zeros[:count]
+        if anchors[t] != 0:
+            w0 = read(anchors[t], start, count, storage, half, scratch[2])
+        if squares is not None:
+            _precondition(view(squares[t], start, count, constants[0]), g, gain, alpha, eps)
+        h = _unless_none(squares, gain)
+        if masks[t] != 0:
+            mask = view(masks[t], start, count, np.uint8(0))
+            if sums is not None:
+                _measure(w, g, w0, mask, h, noise, decay_factor, pull_factor, sums[block])
+            _move(
+                w, g, w0, mask, h, noise,
+                gradient_factor, decay_factor, pull_factor, noise_factor, box,
+            )  # fmt: skip
+        else:
+            if sums is not None:
+                _measure(w, g, w0, None, h, noise, decay_factor, pull_factor, sums[block])
+            _move(
+                w, g, w0, None, h, noise,
+                gradient_factor, decay_factor, pull_factor, noise_factor, box,
+            )  # fmt: skip
+        if half is not None:
+            narrow(w, view(weights[t], start, count, storage), half)
+
+
+@jit
+def normal_blocks(
+    first: int, last: int, out: Any, stream: int, step: int, chain: int, key0: int, key1: int
+) -> None:
+    """Fill blocks ``first`` to ``last - 1`` of the float32 array `out` with the normal stream."""
+    noise = np.empty(BLOCK, np.float32)
+    for block in range(first, last):
+        start = block * BLOCK
+        count = min(BLOCK, out.size - start)
+        _normal(noise, (count + 3) // 4, start // 4, stream, step, chain, key0, key1)
+        out[start : start + count] = noise[:count]
+
+
+@numba.njit(**OPTIONS)
+def _move(
+    w: Any, g: Any, w0: Any, mask: Any, gain: Any, noise: Any,
+    gradient_factor: Any, decay_factor: Any, pull_factor: Any, noise_factor: Any, box: Any,
+) -> None:  # fmt: skip
+    """w <- clamp(w + M [G drift + sqrt(G) noise]), the factors carrying signs and step size."""
+    for i in range(np.uint64(w.size)):
+        x = w[i]
+        a = w0[i]
+        drift = gradient_factor * g[i] + decay_factor * x + pull_factor * (x - a)
+        if gain is None:
+            moved = x + (drift + noise_factor * noise[i])
+        else:
+            moved = x + (gain[i] * drift + np.sqrt(gain[i]) * (noise_factor * noise[i]))
+        if mask is not None:
+            moved = moved if mask[i] else x
+        low = a - box
+        high = a + box
+        moved = low if moved < low else moved
+        w[i] = high if moved > high else moved
+
+
+@numba.njit(**OPTIONS)
+def _precondition(v: Any, g: Any, gain: Any, alpha: Any, eps: Any) -> None:
+    """v <- alpha v + (1 - alpha) g^2; gain = 1 / (sqrt(v) + eps)."""
+    one = type(alpha)(1)
+    for i in range(np.uint64(v.size)):
+        v[i] = alpha * v[i] + (one - alpha) * (g[i] * g[i])
+        gain[i] = one / (np.sqrt(v[i]) + eps)
+
+
+@numba.njit(**SUMMING)
+def _measure(
+    w: Any, g: Any, w0: Any, mask: Any, gain: Any, noise: Any,
+    decay_factor: Any, pull_factor: Any, sums: Any,
+) -> None:  # fmt: skip
+    """The nine raw sums of one block, in the order of ``basinscope.kernels.sgld``."""
+    zero = decay_factor * 0
+    aa = gg = bb = cc = nn = dd = ap = an = pn = zero
+    for i in range(np.uint64(w.size)):
+        keep = True if mask is None else mask[i] != 0
+        slope = g[i]
+        distance = w[i] - w0[i]
+        a = slope if gain is None else gain[i] * slope
+        b = distance if gain is None else gain[i] * distance
+        c = w[i] if gain is None else gain[i] * w[i]
+        n = noise[i] if gain is None else np.sqrt(gain[i]) * noise[i]
+        if mask is not None:
+            a = a if keep else zero
+            b = b if keep else zero
+            c = c if keep else zero
+            n = n if keep else zero
+        p = decay_factor * c + pull_factor * b
+        aa += a * a
+        gg += slope * slope
+        bb += b * b
+        cc += c * c
+        nn += n * n
+        dd += distance * distance
+        ap += a * p
+        an += a * n
+        pn += p * n
+    sums[0] = aa
+    sums[1] = gg
+    sums[2] = bb
+    sums[3] = cc
+    sums[4] = nn
+    sums[5] = dd
+    sums[6] = ap
+    sums[7] = an
+    sums[8] = pn
+
+
+@numba.njit(**OPTIONS)
+def _normal(
+    out: Any, quads: Any, first: Any, stream: Any, step: Any, chain: Any, key0: Any, key1: Any
+) -> None:
+    """Four normal numbers per Philox counter, for counters ``first`` to ``first + quads - 1``."""
+    c1 = np.uint32(stream)
+    c2 = np.uint32(step)
+    c3 = np.uint32(chain)
+    k0 = np.uint32(key0)
+    k1 = np.uint32(key1)
+    base = np.uint32(first)
+    for q in range(np.uint64(quads)):
+        x0, x1, x2, x3 = _philox(np.uint32(base + np.uint32(q)), c1, c2, c3, k0, k1)
+        a0, a1 = _box_muller(x0, x1)
+        a2, a3 = _box_muller(x2, x3)
+        i = np.uint64(4) * q
+        out[i] = a0
+        out[i + np.uint64(1)] = a1
+        out[i + np.uint64(2)] = a2
+        out[i + np.uint64(3)] = a3
+
+
+@_inline
+def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """Philox4x32-10 (Salmon et al., SC 2011); written out so that the loop above vectorises."""
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(0))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(1))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(2))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(3))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(4))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(5))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(6))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(7))
+    c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0, k1, np.uint32(8))
+    return _round(c0, c1, c2, c3, k0, k1, np.uint32(9))
+
+
+@_inline
+def _round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any, number: Any) -> Any:
+    left = np.uint64(0xD2511F53) * np.uint64(c0)
+    right = np.uint64(0xCD9E8D57) * np.uint64(c2)
+    key0 = np.uint32(k0 + np.uint32(0x9E3779B9) * number)
+    key1 = np.uint32(k1 + np.uint32(0xBB67AE85) * number)
+    return (
+        np.uint32(np.uint32(right >> np.uint64(32)) ^ c1 ^ key0),
+        np.uint32(right),
+        np.uint32(np.uint32(left >> np.uint64(32)) ^ c3 ^ key1),
+        np.uint32(left),
+    )
+
+
+@_inline
+def _box_muller(x: Any, y: Any) -> Any:
+    """Two normal numbers from two words: radius sqrt(-2 ln u), angle 2 pi t."""
+    u = np.float32(x) * np.float32(2.0**-32) + np.float32(2.0**-33)
+    bits = bits_of(u)
+    exponent = np.int32((bits - np.int32(SQRT_HALF_BITS)) >> np.int32(23))
+    f = float_of(np.int32(bits - np.int32(exponent << np.int32(23)))) - np.float32(1)
+    p = np.float32(LOG[8])
+    p = p * f + np.float32(LOG[7])
+    p = p * f + np.float32(LOG[6])
+    p = p * f + np.float32(LOG[5])
+    p = p * f + np.float32(LOG[4])
+    p = p * f + np.float32(LOG[3])
+    p = p * f + np.float32(LOG[2])
+    p = p * f + np.float32(LOG[1])
+    p = p * f + np.float32(LOG[0])
+    tail = p * (f * f) - (f + f)
+    radius = np.sqrt(np.float32(exponent) * np.float32(MINUS_TWO_LN_TWO) + tail)
+
+    t = np.float32(y) * np.float32(2.0**-32)
+    quarter = np.int32(t * np.float32(4) + np.float32(0.5))
+    r = t - np.float32(quarter) * np.float32(0.25)
+    z = r * r
+    s = np.float32(SIN[4])
+    s = s * z + np.float32(SIN[3])
+    s = s * z + np.float32(SIN[2])
+    s = s * z + np.float32(SIN[1])
+    s = (s * z + np.float32(SIN[0])) * r
+    c = np.float32(COS[4])
+    c = c * z + np.float32(COS[3])
+    c = c * z + np.float32(COS[2])
+    c = c * z + np.float32(COS[1])
+    c = c * z + np.float32(COS[0])
+    swap = (quarter & np.int32(1)) != np.int32(0)
+    cosine = s if swap else c
+    sine = c if swap else s
+    # the sign is flipped on the bits: cosine in quarters 1 and 2, sine in quarters 2 and 3
+    flip_c = np.int32(((quarter + np.int32(1)) & np.int32(2)) << np.int32(30))
+    flip_s = np.int32((quarter & np.int32(2)) << np.int32(30))
+    cosine = float_of(np.int32(bits_of(cosine) ^ flip_c))
+    sine = float_of(np.int32(bits_of(sine) ^ flip_s))
+    return radius * cosine, radius * sine
+
+
+@_inline
+def view(address: Any, start: Any, count: Any, storage: Any) -> Any:
+    """The elements from `start` of the array at `address`, as an array without a copy."""
+    return numba.carray(_pointer(address, start, storage), count)
+
+
+def read(address: Any, start: Any, count: Any, storage: Any, half: Any, scratch: Any) -> Any:
+    """A view of stored elements, or, for a 16-bit type, their float32 values in the scratch."""
+
+
+@overload(read, strict=False)
+def _read_by_type(
+    address: Any, start: Any, count: Any, storage: Any, half: Any, scratch: Any
+) -> Any:
+    if isinstance(half, types.NoneType):
+        return lambda address, start, count, storage, half, scratch: view(
+            address, start, count, storage
+        )
+    return lambda address, start, count, storage, half, scratch: _widened(
+        view(address, start, count, storage), half, scratch
+    )
+
+
+def _unless_none(condition: Any, value: Any) -> Any:
+    """The value, or None where the condition is None: decided when compiling, by type."""
+
+
+@overload(_unless_none, strict=False)
+def _unless_none_by_type(condition: Any, value: Any) -> Any:
+    if isinstance(condition, types.NoneType):
+        return lambda condition, value: None
+    return lambda condition, value: value
+
+
+@numba.njit(**OPTIONS)
+def _widened(bits: Any, half: Any, out: Any) -> Any:
+    if half == 0:
+        for i in range(np.uint64(bits.size)):
+            out[i] = float_of(np.int32(np.int32(bits[i]) << np.int32(16)))
+    else:
+        for i in range(np.uint64(bits.size)):
+            out[i] = _from_float16(bits[i])
+    return out[: bits.size]
+
+
+@numba.njit(**OPTIONS)
+def narrow(values: Any, out: Any, half: Any) -> None:
+    if half == 0:
+        for i in range(np.uint64(values.size)):
+            out[i] = _to_bfloat16(values[i])
+    else:
+        for i in range(np.uint64(values.size)):
+            out[i] = _to_float16(values[i])
+
+
+@_inline
+def _to_bfloat16(value: Any) -> Any:
+    """Round to nearest, ties to even, by an addition to the bits; NaN stays NaN."""
+    bits = np.uint32(bits_of(value))
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return np.uint16(rounded) if value == value else np.uint16(0x7FC0)
+
+
+@_inline
+def _from_float16(half: Any) -> Any:
+    """Exact: the exponent is re-based by a product, which also serves subnormal numbers."""
+    h = np.int32(half)
+    magnitude = np.int32((h & np.int32(0x7FFF)) << np.int32(13))
+    value = float_of(magnitude) * np.float32(2.0**112)
+    special = np.int32(magnitude | np.int32(0x7F800000))
+    finite = (h & np.int32(0x7C00)) != np.int32(0x7C00)
+    bits = bits_of(value) if finite else special
+    return float_of(np.int32(bits | np.int32((h & np.int32(0x8000)) << np.int32(16))))
+
+
+@_inline
+def _to_float16(value: Any) -> Any:
+    """Round to nearest, ties to even; too large becomes infinity."""
+    bits = np.uint32(bits_of(value))
+    sign = np.uint16((bits >> np.uint32(16)) & np.uint32(0x8000))
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    # subnormal results: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits
+    shifted = float_of(np.int32(magnitude)) + np.float32(0.5)
+    small = np.uint32(bits_of(shifted)) - np.uint32(0x3F000000)
+    odd = (magnitude >> np.uint32(13)) & np.uint32(1)
+    normal = np.uint32(magnitude - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    result = small if magnitude < np.uint32(113 << 23) else normal
+    result = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else result
+    result = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else result
+    return np.uint16(sign | np.uint16(result))
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any, start: Any, storage: Any) -> Any:
+    """Address and element offset to a typed pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(storage)))
+        return builder.gep(pointer, [args[1]])
+
+    return types.CPointer(storage)(types.int64, types.int64, storage), codegen
+
+
+@intrinsic
+def bits_of(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), codegen
+
+
+@intrinsic
+def float_of(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen

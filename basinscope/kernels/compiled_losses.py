@@ -1,0 +1,119 @@
+"""Per-token cross-entropy on a CPU, compiled by numba: one row of logits after the other.
+
+A row is read from memory once: its maximum and its sum of exponentials are taken while it sits in
+the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from basinscope.kernels.compiled import OPTIONS, SUMMING, bits_of, float_of, jit, narrow, read, view
+
+INLINED = {"compiled.py": "bfb9efdcfc1f0098"}  # see there
+
+_CHUNK = 4096  # summed in float32; the chunks' sums are added in float64
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693145751953125  # few enough bits that its products with integers are exact
+_LN2_LOW = 1.4286068203094172e-06
+_ROUND = 12582912.0  # 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+_SMALLEST = -87.0  # e to this is the smallest normal float32; below, zero
+# exp(r) = 1 + r + r^2 EXP(r) for |r| <= ln(2) / 2, own Chebyshev fit, lowest power first
+EXP = (
+    0.4999999701976776,
+    0.1666666716337204,
+    0.04166664555668831,
+    0.008333163335919380,
+    0.001394050824455917,
+    0.00019910001719836146,
+)
+
+
+@jit
+def token_losses(
+    first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
+    storage: Any, half: Any, targets: Any, loss: Any, lse: Any,
+) -> None:  # fmt: skip
+    """Loss and log-sum-exp of rows ``first`` to ``last - 1`` of logits (A, inner, V)."""
+    scratch = np.empty(vocabulary, np.float32)
+    for row in range(first, last):
+        start = row // inner * strides[0] + row % inner * strides[1]
+        x = read(logits, start, vocabulary, storage, half, scratch)
+        top = _maximum(x)
+        total = 0.0
+        for c in range(0, vocabulary, _CHUNK):
+            total += _sum_of_exponentials(x[c : c + _CHUNK], top)
+        log_total = np.float32(np.log(total))
+        loss[row] = log_total - (x[targets[row]] - top)
+        lse[row] = top + log_total
+
+
+@jit
+def token_gradients(
+    first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
+    storage: Any, half: Any, targets: Any, lse: Any, upstream: Any, gradient: int,
+) -> None:  # fmt: skip
+    """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``, to contiguous memory."""
+    scratch = np.empty((2, vocabulary), np.float32)
+    for row in range(first, last):
+        start = row // inner * strides[0] + row % inner * strides[1]
+        x = read(logits, start, vocabulary, storage, half, scratch[0])
+        out = view(gradient, row * vocabulary, vocabulary, storage)
+        if half is None:
+            _scaled_exponentials(x, lse[row], upstream[row], out)
+            out[targets[row]] -= upstream[row]
+        else:
+            _scaled_exponentials(x, lse[row], upstream[row], scratch[1])
+            scratch[1][targets[row]] -= upstream[row]
+            narrow(scratch[1], out, half)
+
+
+@numba.njit(**OPTIONS)
+def _maximum(x: Any) -> Any:
+    """The largest element, found among integers of the same order (floats would not vectorise)."""
+    top = np.int32(-0x80000000)
+    for i in range(np.uint64(x.size)):
+        top = max(top, _ordered(bits_of(x[i])))
+    return float_of(_ordered(top))
+
+
+@numba.njit(forceinline=True, **OPTIONS)
+def _ordered(bits: Any) -> Any:
+    """Bits of a float32 as an integer of the same order; its own inverse."""
+    return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@numba.njit(**SUMMING)
+def _sum_of_exponentials(x: Any, top: Any) -> Any:
+    total = np.float32(0)
+    for i in range(np.uint64(x.size)):
+        total += _exp(x[i] - top)
+    return total
+
+
+@numba.njit(**OPTIONS)
+def _scaled_exponentials(x: Any, lse: Any, factor: Any, out: Any) -> None:
+    for i in range(np.uint64(x.size)):
+        out[i] = _exp(x[i] - lse) * factor
+
+
+@numba.njit(forceinline=True, **OPTIONS)
+def _exp(value: Any) -> Any:
+    """float32 exponential for arguments up to about 88; NaN stays NaN."""
+    shifted = value * np.float32(_LOG2_E) + np.float32(_ROUND)
+    k = shifted - np.float32(_ROUND)
+    r = value - k * np.float32(_LN2_HIGH) - k * np.float32(_LN2_LOW)
+    p = np.float32(EXP[5])
+    p = p * r + np.float32(EXP[4])
+    p = p * r + np.float32(EXP[3])
+    p = p * r + np.float32(EXP[2])
+    p = p * r + np.float32(EXP[1])
+    p = p * r + np.float32(EXP[0])
+    p = p * (r * r) + r + np.float32(1)
+    power = np.int32(bits_of(shifted) << np.int32(23))
+    scaled = float_of(np.int32(bits_of(p) + power))
+    scaled = np.float32(0) if value < np.float32(_SMALLEST) else scaled
+    return scaled if value == value else value

@@ -1,0 +1,24 @@
+"""Per-token cross-entropy in plain torch operations, for any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp, float32 of shape (A * B,), for logits (A, B, V)."""
+    values = rows.to(torch.float32).flatten(0, 1)
+    top = values.amax(dim=-1, keepdim=True)
+    shifted = values - top
+    log_total = shifted.exp().sum(dim=-1).log()
+    loss = log_total - shifted.gather(-1, targets[:, None]).squeeze(-1)
+    return loss, top.squeeze(-1) + log_total
+
+
+def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient (softmax - one hot) * upstream, of the logits' shape and dtype."""
+    gradient = (rows.to(torch.float32).flatten(0, 1) - lse[:, None]).exp_()
+    gradient.mul_(upstream[:, None])
+    gradient.scatter_add_(-1, targets[:, None], -upstream[:, None])
+    return gradient.to(rows.dtype).view(rows.shape)

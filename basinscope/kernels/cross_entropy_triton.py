@@ -1,0 +1,97 @@
+"""Per-token cross-entropy in Triton: one program per token, online softmax over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_BLOCK = 4096
+
+
+def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp, float32 of shape (A * B,), for logits (A, B, V)."""
+    loss = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
+    lse = torch.empty_like(loss)
+    if loss.numel():
+        _, inner, vocabulary = rows.shape
+        outer_stride, inner_stride, _ = rows.stride()
+        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+            loss_kernel[(loss.numel(),)](
+                rows, outer_stride, inner_stride, inner, vocabulary, targets, loss, lse,
+                **_shape_of_program(vocabulary),
+            )  # fmt: skip
+    return loss, lse
+
+
+def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+    """Gradient (softmax - one hot) * upstream, of the logits' shape and dtype."""
+    gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    if lse.numel():
+        _, inner, vocabulary = rows.shape
+        outer_stride, inner_stride, _ = rows.stride()
+        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+            gradient_kernel[(lse.numel(),)](
+                rows, outer_stride, inner_stride, inner, vocabulary, targets, lse, upstream,
+                gradient, **_shape_of_program(vocabulary),
+            )  # fmt: skip
+    return gradient
+
+
+def _shape_of_program(vocabulary: int) -> dict[str, int]:
+    block = min(_MAX_BLOCK, triton.next_power_of_2(vocabulary))
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+
+
+@triton.jit
+def loss_kernel(  # type: ignore[no-untyped-def]
+    logits, outer_stride, inner_stride, inner, vocabulary, targets, loss, lse, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + (token // inner) * outer_stride + (token % inner) * inner_stride
+    lanes = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        x = tl.load(row + start + lanes, mask=start + lanes < vocabulary, other=float("-inf"))
+        x = x.to(tl.float32)
+        # a lane that saw only -inf so far is shifted by zero, so that its sum stays zero; a NaN
+        # wins no comparison and enters through the sum
+        higher = tl.where(x > top, x, top)
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(top - shift) + tl.exp(x - shift)
+        top = higher
+    peak = tl.max(top, axis=0)
+    log_total = tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+    target = tl.load(row + tl.load(targets + token)).to(tl.float32)
+    tl.store(loss + token, log_total - (target - peak))
+    tl.store(lse + token, peak + log_total)
+
+
+@triton.jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    outer_stride,
+    inner_stride,
+    inner,
+    vocabulary,
+    targets,
+    lse,
+    upstream,
+    gradient,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + (token // inner) * outer_stride + (token % inner) * inner_stride
+    out = gradient + token * vocabulary
+    target = tl.load(targets + token)
+    scale = tl.load(upstream + token)
+    level = tl.load(lse + token)
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, vocabulary, BLOCK):
+        where = start + lanes
+        inside = where < vocabulary
+        x = tl.load(row + where, mask=inside, other=0.0).to(tl.float32)
+        slope = (tl.exp(x - level) - tl.where(where == target, 1.0, 0.0)) * scale
+        tl.store(out + where, slope.to(gradient.dtype.element_ty), mask=inside)

@@ -1,0 +1,82 @@
+"""The SGLD update on a CPU: one call of the compiled pass for all parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from basinscope.kernels import compiled
+from basinscope.kernels.noise import key_of
+from basinscope.kernels.pointers import addresses, cut
+from basinscope.kernels.threads import for_blocks, worthwhile
+
+if TYPE_CHECKING:
+    from basinscope.kernels.sgld import Factors, Group
+
+_COST = 0.65  # nanoseconds per parameter on one thread
+
+
+class CompiledPass:
+    """The tables of a group of parameters, made once, and the call that uses them."""
+
+    def __init__(self, group: Group, factors: Factors, metrics: bool) -> None:
+        self._group = group  # keeps alive what the tables point to
+        dtype = group.weights[0].dtype
+        sizes = [w.numel() for w in group.weights]
+        self._elements = sum(sizes)
+        self._blocks = cut(sizes, compiled.BLOCK)
+        self._sizes = np.array(sizes, dtype=np.int64)
+        self._streams = np.array(group.streams, dtype=np.int64)
+        self._anchors = addresses(group.anchors or [None] * len(sizes))
+        self._masks = addresses(group.masks)
+        self._squares = None if group.squares is None else addresses(group.squares)
+        self._storage, self._half = compiled.storage_of(dtype)
+        self._constants = np.array(
+            [
+                factors.gradient,
+                factors.decay,
+                factors.pull,
+                factors.noise,
+                factors.box,
+                factors.alpha,
+                factors.eps,
+            ],
+            dtype=np.float64 if dtype == torch.float64 else np.float32,
+        )
+        self._metrics = metrics
+
+    def __call__(
+        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int
+    ) -> Tensor | None:
+        tensor_of, start_of = self._blocks
+        sums = np.zeros((len(tensor_of), compiled.N_SUMS)) if self._metrics else None
+        arguments = (
+            tensor_of,
+            start_of,
+            self._sizes,
+            self._streams,
+            addresses(self._group.weights),
+            addresses(gradients),
+            self._anchors,
+            self._masks,
+            self._squares,
+            self._storage,
+            self._half,
+            *key_of(seed),
+            step,
+            chain,
+            self._constants,
+            sums,
+        )
+
+        threads = worthwhile(_COST * self._elements, torch.get_num_threads())
+
+        def work(first: int, last: int) -> None:
+            compiled.langevin_blocks(first, last, *arguments)
+
+        for_blocks(work, len(tensor_of), threads)
+        return None if sums is None else torch.from_numpy(sums.sum(axis=0))

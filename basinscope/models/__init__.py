@@ -1,0 +1,1 @@
+"""Finding things in a model: its logits, its vocabulary, its layers."""

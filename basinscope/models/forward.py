@@ -1,0 +1,80 @@
+"""From token ids to logits, whatever the model is."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+
+def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Run a model and return its logits.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Hugging Face causal LM, a TransformerLens ``HookedTransformer``, or any module that maps
+        ids to logits or to an object with ``.logits``.
+    input_ids : Tensor (batch, token)
+
+    Returns
+    -------
+    Tensor (batch, token, vocabulary)
+
+    Raises
+    ------
+    TypeError
+        If the model returns neither a tensor nor an object with ``.logits``.
+    """
+    if is_transformer_lens(model):
+        output = model(input_ids, return_type="logits")
+    elif is_hugging_face(model):
+        output = model(input_ids, use_cache=False, return_dict=False)[0]
+    else:
+        output = model(input_ids)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"{type(model).__name__} returned {type(output).__name__}: the model must map "
+            "input_ids (batch, token) to a logits tensor or to an object with .logits; or pass "
+            "loss_fn(model, input_ids) -> (batch, token - 1)"
+        )
+    return logits
+
+
+def is_transformer_lens(model: nn.Module) -> bool:
+    """Whether a model looks like a TransformerLens ``HookedTransformer``."""
+    return hasattr(getattr(model, "cfg", None), "n_heads")
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether a model is a Hugging Face ``PreTrainedModel`` (without importing transformers)."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Count the ids that the model's embedding takes; None where it cannot be told."""
+    if is_transformer_lens(model):
+        return int(model.cfg.d_vocab)  # type: ignore[union-attr,arg-type]
+    if is_hugging_face(model):
+        return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return embeddings[0].num_embeddings if len(embeddings) == 1 else None
+
+
+def max_sequence_length(model: nn.Module) -> int | None:
+    """Give the longest sequence with learned positions; None where nothing limits it."""
+    if is_transformer_lens(model):
+        return int(model.cfg.n_ctx)  # type: ignore[union-attr,arg-type]
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, quietly (TransformerLens prints otherwise)."""
+    if is_transformer_lens(model):
+        return model.to(device, print_details=False)  # type: ignore[call-overload]
+    return model.to(device)

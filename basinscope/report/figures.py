@@ -1,0 +1,266 @@
+"""Figures of a store: the chains' losses, the LLC as it settles, where single tokens move.
+
+Every function returns a `matplotlib.figure.Figure` of its own; no global state, no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 144
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito's
+INK = "#333333"
+SMOOTHED_SHARE = 1 / 10  # of a trace, averaged for the thick line
+MAX_BINS = 80
+
+
+def save_figures(
+    tree: xr.DataTree, out: Path, checkpoint_losses: Mapping[str, np.ndarray] | None = None
+) -> list[Path]:
+    """Draw every figure of a store and write them as PNG files.
+
+    Parameters
+    ----------
+    tree
+        A store of `basinscope.sample`, opened.
+    out
+        Folder for the files; made when missing.
+    checkpoint_losses
+        Passed to `token_loss_shift`.
+
+    Returns
+    -------
+    list of Path
+        The files, in the order loss traces, running LLC, token loss shift (where the store has
+        observables).
+    """
+    from basinscope.analysis.llc import compute_llc
+
+    llc = compute_llc(tree).compute()
+    figures = {"loss_traces": loss_traces(llc), "running_llc": running_llc(llc)}
+    if _observables(tree):
+        figures["token_loss_shift"] = token_loss_shift(tree, checkpoint_losses=checkpoint_losses)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.png", dpi=DPI)
+    return [out / f"{name}.png" for name in figures]
+
+
+def loss_traces(llc: xr.Dataset) -> Figure:
+    """Draw each chain's loss over its steps, with the checkpoint's loss as a line.
+
+    Parameters
+    ----------
+    llc
+        As `basinscope.compute_llc` returns it: ``loss_trace (chain, step)`` and ``init_loss``, in
+        nats per token.
+
+    Returns
+    -------
+    Figure
+        Thin lines are the losses, thick ones their running mean (one tenth of the trace wide).
+    """
+    figure, (axes,) = _canvas("Loss along the chains")
+    trace = _trace(llc)
+    steps = np.arange(1, trace.shape[1] + 1)
+    width = max(1, round(trace.shape[1] * SMOOTHED_SHARE))
+    for chain, colour, losses in _by_chain(llc, trace):
+        smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8, gid=f"loss {chain}")
+        axes.plot(
+            steps[width - 1 :],
+            smoothed,
+            color=colour,
+            linewidth=1.8,
+            label=f"chain {chain}",
+            gid=f"smoothed {chain}",
+        )
+    axes.axhline(
+        float(llc.init_loss), color=INK, linestyle="--", linewidth=1.2, label="at the checkpoint"
+    )
+    axes.set(xlabel=llc.loss_trace.dims[1], ylabel="loss (nats per token)", xlim=(1, len(steps)))
+    axes.set_title(f"thin: each step; thick: mean of {width} steps", loc="left", fontsize=10)
+    _legend_below(figure, axes)
+    return figure
+
+
+def running_llc(llc: xr.Dataset) -> Figure:
+    """Draw the LLC estimate from the first steps alone, as their number grows.
+
+    Parameters
+    ----------
+    llc
+        As `basinscope.compute_llc` returns it: ``loss_trace (chain, step)``, ``init_loss`` and
+        ``n_beta``.
+
+    Returns
+    -------
+    Figure
+        A line per chain, their mean, and a band of one standard deviation over chains. The last
+        points are ``llc_per_chain``, ``llc_mean`` and ``llc_mean`` ± ``llc_std``.
+    """
+    figure, (axes,) = _canvas("Local learning coefficient (LLC)")
+    trace = _trace(llc)
+    steps = np.arange(1, trace.shape[1] + 1)
+    estimates = float(llc.n_beta) * (np.cumsum(trace, axis=1) / steps - float(llc.init_loss))
+    mean, spread = estimates.mean(axis=0), estimates.std(axis=0)
+    axes.fill_between(steps, mean - spread, mean + spread, color=INK, alpha=0.12, linewidth=0)
+    for chain, colour, estimate in _by_chain(llc, estimates):
+        axes.plot(
+            steps, estimate, color=colour, linewidth=1.2, label=f"chain {chain}", gid=f"llc {chain}"
+        )
+    axes.plot(steps, mean, color=INK, linewidth=2, label=f"mean ± std: {_plus_minus(mean, spread)}")
+    axes.axhline(0, color=INK, linewidth=0.6)
+    name = llc.loss_trace.dims[1]
+    axes.set(xlabel=f"{name}s averaged", ylabel="LLC estimate", xlim=(1, len(steps)))
+    _legend_below(figure, axes)
+    return figure
+
+
+def token_loss_shift(
+    tree: xr.DataTree,
+    observable: str | Iterable[str] | None = None,
+    checkpoint_losses: Mapping[str, np.ndarray] | None = None,
+) -> Figure:
+    """Draw how far the losses of single tokens lie from where they started, per observable.
+
+    Parameters
+    ----------
+    tree
+        A store with ``loss_{observable} (chain, draw, batch_{observable}, token_pos)``. It is read
+        once, by Dask where it is lazy; only means over chains and draws are held.
+    observable
+        One name or several; None for all.
+    checkpoint_losses
+        Per observable, its losses ``(batch, token_pos)`` at the checkpoint, in nats. An observable
+        without them is compared with its first draw, the mean over chains.
+
+    Returns
+    -------
+    Figure
+        A row per observable: the shift (mean over chains and draws, minus the start) at each token
+        position, as mean and middle half of the sequences, and its histogram over all tokens.
+
+    Raises
+    ------
+    KeyError
+        If the store has no such observable; lists those it has.
+    """
+    names = _chosen(tree, observable)
+    figure, panels = _canvas("Shift of single tokens' losses", rows=len(names))
+    for row, name in enumerate(names):
+        shift, start = _shift(tree, name, (checkpoint_losses or {}).get(name))
+        by_position, histogram = panels[2 * row : 2 * row + 2]
+        _draw_positions(by_position, shift, COLOURS[row % len(COLOURS)])
+        _draw_histogram(histogram, shift, COLOURS[row % len(COLOURS)])
+        by_position.set_title(f"{name}: mean of the draws minus {start}", loc="left", fontsize=10)
+    panels[-2].set_xlabel("token position")
+    panels[-1].set_xlabel("shift (nats per token)")
+    return figure
+
+
+def _observables(tree: xr.DataTree) -> list[str]:
+    return sorted(str(name)[5:] for name in tree.data_vars if str(name).startswith("loss_"))
+
+
+def _chosen(tree: xr.DataTree, observable: str | Iterable[str] | None) -> list[str]:
+    available = _observables(tree)
+    wanted = [observable] if isinstance(observable, str) else list(observable or available)
+    missing = [name for name in wanted if name not in available]
+    if missing or not wanted:
+        raise KeyError(
+            f"this store has no observable {', '.join(map(repr, missing)) or 'at all'}; "
+            f"it has {available}. Name one of them, or sample with observables={{...}}."
+        )
+    return wanted
+
+
+def _shift(
+    tree: xr.DataTree, name: str, at_checkpoint: np.ndarray | None
+) -> tuple[np.ndarray, str]:
+    """Shift per (batch, token_pos) in nats, and what it is measured from."""
+    from basinscope.analysis.stores import finished_chains
+
+    losses = finished_chains(tree)[f"loss_{name}"]
+    means = xr.Dataset(
+        {
+            "draws": losses.mean(["chain", "draw"], dtype="float64"),
+            "first": losses.isel(draw=0).mean("chain", dtype="float64"),
+        }
+    ).compute()
+    if at_checkpoint is None:
+        return means["draws"].values - means["first"].values, "the first draw"
+    if np.shape(at_checkpoint) != means["draws"].shape:
+        raise ValueError(
+            f"checkpoint_losses[{name!r}] has shape {np.shape(at_checkpoint)}; the store's "
+            f"loss_{name} needs {means['draws'].shape}, its (batch, token_pos)."
+        )
+    return means["draws"].values - np.asarray(at_checkpoint, dtype=float), "the checkpoint"
+
+
+def _draw_positions(axes: Axes, shift: np.ndarray, colour: str) -> None:
+    positions = np.arange(1, shift.shape[1] + 1)
+    low, high = np.quantile(shift, [0.25, 0.75], axis=0)
+    axes.fill_between(positions, low, high, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(positions, shift.mean(axis=0), color=colour, linewidth=1.6, gid="shift")
+    axes.axhline(0, color=INK, linewidth=0.6)
+    axes.set(ylabel="shift (nats per token)", xlim=(1, shift.shape[1]))
+
+
+def _draw_histogram(axes: Axes, shift: np.ndarray, colour: str) -> None:
+    bins = int(np.clip(np.sqrt(shift.size), 10, MAX_BINS))
+    axes.hist(shift.ravel(), bins=bins, color=colour, alpha=0.8)
+    axes.axvline(0, color=INK, linewidth=0.6)
+    axes.axvline(shift.mean(), color=INK, linestyle="--", linewidth=1.2)
+    axes.set_ylabel("tokens")
+    axes.set_title(f"mean {shift.mean():+.3f}", loc="right", fontsize=10)
+
+
+def _canvas(title: str, rows: int = 0) -> tuple[Figure, list[Axes]]:
+    """A figure with one panel, or with `rows` rows of a wide and a narrow one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6 * rows + 0.6) if rows else (7.2, 4.2), layout="constrained")
+    figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12, color=INK)
+    if rows:
+        grid = figure.subplots(
+            rows, 2, squeeze=False, sharex="col", sharey="col", width_ratios=[1.6, 1]
+        )
+        panels = list(grid.ravel())
+    else:
+        panels = [figure.subplots()]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _trace(llc: xr.Dataset) -> np.ndarray:
+    return np.asarray(llc.loss_trace.transpose("chain", ...), dtype=float)
+
+
+def _by_chain(llc: xr.Dataset, lines: np.ndarray) -> Iterable[tuple[int, str, np.ndarray]]:
+    colours = (COLOURS[row % len(COLOURS)] for row in range(len(lines)))
+    return zip(llc["chain"].values.tolist(), colours, lines, strict=True)
+
+
+def _plus_minus(mean: np.ndarray, spread: np.ndarray) -> str:
+    return f"{mean[-1]:.1f} ± {spread[-1]:.1f}"
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """A legend outside the panel, so that it covers no data."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False
+    )

@@ -1,0 +1,434 @@
+"""One chain: steps of SGLD from the checkpoint, with its losses handed to the store.
+
+The work of a chain depends only on the job and the chain's number, so chains may run one after
+another, in worker processes or as array jobs, and be resumed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from basinscope.io import store as chain_state
+from basinscope.io.checkpoint import read_checkpoint, remove_checkpoints, write_checkpoint
+from basinscope.io.schema import METRICS
+from basinscope.io.store import SampleStore, now
+from basinscope.io.writer import BackgroundWriter, RowBuffer
+from basinscope.kernels.noise import INIT, fill_normal
+from basinscope.kernels.sgld import SgldUpdate
+from basinscope.models.forward import to_device
+from basinscope.sampling.interrupt import StopRequest
+from basinscope.sampling.job import SamplingJob
+from basinscope.sampling.observables import ObservableEvaluator
+from basinscope.sampling.phases import PhaseClock, StepProfiler
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A chain left the region where its loss is a number."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step, self.reason = step, reason
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a chain reports after each step."""
+
+    chain: int
+    step: int
+    draws: int
+    loss: float
+    state: str = chain_state.RUNNING
+
+
+def run_chains(
+    job: SamplingJob,
+    model: nn.Module,
+    store: SampleStore,
+    chains: list[int],
+    *,
+    checkpoint_every: int | None,
+    stop: StopRequest,
+    report: Callable[[Progress], None],
+    profile: Path | None = None,
+    profile_steps: tuple[int, int] = (5, 15),
+) -> None:
+    """Run chains one after another in this process.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A :func:`working_copy` of the job's model; it moves.
+    """
+    if not chains:
+        return
+    writer = BackgroundWriter(store.path, store.arrays)
+    try:
+        runner = ChainRunner(
+            job,
+            model,
+            store,
+            writer,
+            checkpoint_every=checkpoint_every,
+            stop=stop,
+            report=report,
+            profile=profile,
+            profile_steps=profile_steps,
+        )
+        for chain in chains:
+            runner.run(chain)
+        writer.drain()
+    finally:
+        writer.close()
+
+
+class ChainRunner:
+    """Runs chains of a job in this process, on one working copy of the model.
+
+    Parameters
+    ----------
+    job : SamplingJob
+    model : nn.Module
+        A working copy of the job's model.
+    store : SampleStore
+    writer : BackgroundWriter
+    checkpoint_every : int or None
+        Draws between chain checkpoints.
+    stop : StopRequest
+    report : callable
+        Takes a :class:`Progress` after every step.
+    profile : Path or None
+        Trace to write of ``profile_steps`` of the first chain that runs.
+    """
+
+    def __init__(
+        self,
+        job: SamplingJob,
+        model: nn.Module,
+        store: SampleStore,
+        writer: BackgroundWriter,
+        *,
+        checkpoint_every: int | None,
+        stop: StopRequest,
+        report: Callable[[Progress], None],
+        profile: Path | None,
+        profile_steps: tuple[int, int],
+    ) -> None:
+        self.job, self.model, self.store, self.writer = job, model, store, writer
+        self.checkpoint_every, self.stop, self.report = checkpoint_every, stop, report
+        self.clock = PhaseClock()
+        self.profiler = StepProfiler(profile, profile_steps, self.clock)
+        config = job.config
+
+        parameters = dict(self.model.named_parameters())
+        anchors = {name: p.detach() for name, p in job.model.named_parameters()}
+        order = {name: index for index, name in enumerate(parameters)}
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in job.masks)
+        self.parameters = [parameters[name] for name in job.masks]
+        self.anchors = [anchors[name].to(job.device).contiguous() for name in job.masks]
+        self.masks = [None if m is None else m.to(job.device) for m in job.masks.values()]
+        self.indices = [order[name] for name in job.masks]
+        self.update = SgldUpdate(
+            [p.detach() for p in self.parameters],
+            anchors=self.anchors,
+            masks=self.masks,
+            param_indices=self.indices,
+            lr=config.lr,
+            n_beta=config.n_beta,
+            localization=config.localization,
+            weight_decay=config.llc_weight_decay,
+            noise_level=config.noise_level,
+            bounding_box_size=config.bounding_box_size,
+            metrics=config.save_metrics,
+            alpha=config.rmsprop.get("alpha"),
+            eps=config.rmsprop.get("eps"),
+        )
+        self.observe = ObservableEvaluator(
+            job.observables,
+            job.loss,
+            batch_size=config.batch_size,
+            regroup=job.loss_fn is None,
+            device=job.device,
+        )
+
+    def run(self, chain: int) -> None:
+        """Run a chain from its start or its checkpoint.
+
+        A loss that is not finite fails the chain and is recorded; any other exception leaves it
+        resumable and is raised. The record says "done" once the last row is on disk, which may
+        be after this call returned.
+        """
+        with ExitStack() as held:
+            held.enter_context(self.store.lock(chain))
+            record = self.store.record(chain)
+            if record["state"] in (chain_state.DONE, chain_state.FAILED):
+                return
+            self.store.remove_litter(chain)
+            before = self._seconds()
+            slot = record["checkpoint"]
+            saved = read_checkpoint(self.store.path, chain, slot) if slot else None
+            first = int(record["steps_written"]) if saved else 0
+            self._place_weights(chain, saved)
+            self.store.update_record(
+                chain,
+                state=chain_state.RUNNING,
+                started_at=record.get("started_at", now()),
+                device=str(self.job.device),
+                kernel_path=self.update.path,
+                threads=torch.get_num_threads(),
+            )
+            self.buffers = self._open_buffers(chain, first)
+            final: dict[str, Any] = {"state": chain_state.DONE}
+            steps = self.job.config.num_steps
+            try:
+                with torch.random.fork_rng(devices=_cuda_devices(self.job.device)):
+                    self._seed_dropout(chain, saved)
+                    self._steps(chain, first)
+            except NonFiniteLossError as failure:
+                steps = failure.step
+                final = {
+                    "state": chain_state.FAILED,
+                    "failed_step": failure.step,
+                    "reason": failure.reason,
+                }
+            finally:
+                self.profiler.finish()
+
+            for buffer in self.buffers.values():
+                buffer.flush()
+            draws = self.job.config.draws_before(steps)
+            self.report(Progress(chain, steps, draws, float("nan"), final["state"]))
+            spent = {p: s - before.get(p, 0.0) for p, s in self._seconds().items()}
+            final |= {
+                "steps_written": steps,
+                "draws_written": draws,
+                "checkpoint": None,
+                "finished_at": now(),
+                "seconds": {**record["seconds"], **{p: round(s, 6) for p, s in spent.items()}},
+            }
+            self.writer.then(partial(self._close, chain, final, held.pop_all()))
+
+    def _close(self, chain: int, final: dict[str, Any], held: ExitStack) -> None:
+        """Record how a chain ended, and let it go."""
+        with held:
+            self.store.update_record(chain, **final)
+            remove_checkpoints(self.store.path, chain)
+
+    def _seconds(self) -> dict[str, float]:
+        return {
+            **self.clock.seconds,
+            "stall": self.writer.stall_seconds,
+            "write (background)": self.writer.write_seconds,
+        }
+
+    def _steps(self, chain: int, first: int) -> None:
+        config = self.job.config
+        rows = self.job.step_rows(chain)
+        seed = config.init_seed + chain
+        for step in range(first, config.num_steps):
+            if self.stop.signal is not None:
+                if self.checkpoint_every is not None:
+                    self._checkpoint(chain, step)
+                self.stop.raise_if_asked()
+            self.profiler.before_step(step)
+
+            losses = self._gradient(rows[step])
+            mean = float(losses.mean())
+            if not np.isfinite(mean):
+                raise NonFiniteLossError(step, "the sampling loss is not finite")
+            with self.clock("update"):
+                metrics = self.update.step(
+                    [p.grad for p in self.parameters], seed=seed, chain=chain, step=step
+                )
+                for parameter in self.parameters:
+                    parameter.grad = None
+            draw = config.draw_after(step)
+            observed = self._observe(step) if draw is not None else {}
+            with self.clock("record"):
+                self._record(losses, metrics, draw is not None, observed, rows[step])
+
+            self.profiler.after_step(step)
+            self.writer.check()
+            draws = config.draws_before(step + 1)
+            self.report(Progress(chain, step + 1, draws, mean))
+            every = self.checkpoint_every if draw is not None else None
+            if every is not None and draws % every == 0 and step + 1 < config.num_steps:
+                self._checkpoint(chain, step + 1)
+
+    def _gradient(self, rows: np.ndarray) -> Tensor:
+        """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
+        batches = rows.reshape(-1, self.job.config.batch_size)
+        losses = []
+        for batch in batches:
+            with self.clock("data"):
+                input_ids = self.job.token_ids(batch)
+            with self.clock("forward"):
+                loss = self.job.loss(self.model, input_ids).float()
+            with self.clock("backward"):
+                (loss.mean() / len(batches)).backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _observe(self, step: int) -> dict[str, Tensor]:
+        with self.clock("observe"), torch.inference_mode():
+            observed = self.observe(self.model)
+            for obs_id, losses in observed.items():
+                if not np.isfinite(float(losses.mean())):
+                    raise NonFiniteLossError(step, f"the loss of observable {obs_id} is not finite")
+        return observed
+
+    def _record(
+        self,
+        losses: Tensor,
+        metrics: Tensor | None,
+        is_draw: bool,
+        observed: dict[str, Tensor],
+        rows: np.ndarray,
+    ) -> None:
+        self.buffers["sampling_loss_micro"].append(losses.flatten(0, 1))
+        if "sampling_input_ids_micro" in self.buffers:
+            self.buffers["sampling_input_ids_micro"].append(self.job.token_ids(rows))
+        if metrics is not None:
+            for name, value in zip(METRICS, metrics, strict=True):
+                self.buffers[f"metrics_{name}"].append(value)
+        if is_draw:
+            self.buffers["sampling_loss"].append(losses.mean(0))
+        for obs_id, values in observed.items():
+            self.buffers[f"loss_{obs_id}"].append(values)
+
+    def _place_weights(self, chain: int, saved: dict[str, np.ndarray] | None) -> None:
+        """Put the weights where the chain starts, or where its checkpoint left them."""
+        config = self.job.config
+        with torch.no_grad():
+            for parameter, anchor in zip(self.parameters, self.anchors, strict=True):
+                parameter.copy_(anchor)
+                parameter.grad = None
+            originals = dict(self.job.model.named_buffers())
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(originals[name])
+            for average in self.update.square_avgs or []:
+                average.zero_()
+            if config.init_noise:
+                perturb(
+                    self.parameters,
+                    self.masks,
+                    self.indices,
+                    config.init_noise,
+                    seed=config.init_seed + chain,
+                    chain=chain,
+                )
+            if saved is not None:
+                _unpack(saved["weights"], [p.data for p in self.parameters])
+                _unpack(saved["square_avg"], self.update.square_avgs or [])
+
+    def _seed_dropout(self, chain: int, saved: dict[str, np.ndarray] | None) -> None:
+        """Set torch's own generators, which only dropout uses."""
+        torch.manual_seed(self.job.config.init_seed + chain)
+        if saved is not None:
+            torch.set_rng_state(torch.from_numpy(saved["rng"]))
+            if self.job.device.type == "cuda":
+                state = torch.from_numpy(saved["rng_cuda"])
+                torch.cuda.set_rng_state(state, self.job.device)
+
+    def _checkpoint(self, chain: int, steps: int) -> None:
+        """Save the chain after ``steps`` steps, with everything before it on disk."""
+        with self.clock("checkpoint"):
+            for buffer in self.buffers.values():
+                buffer.flush()
+            self.writer.drain()
+            state = {
+                "weights": _pack([p.data for p in self.parameters]),
+                "square_avg": _pack(self.update.square_avgs or []),
+                "rng": torch.get_rng_state().numpy(),
+            }
+            if self.job.device.type == "cuda":
+                state["rng_cuda"] = torch.cuda.get_rng_state(self.job.device).numpy()
+            used = self.store.record(chain)["checkpoint"]
+            slot = write_checkpoint(self.store.path, chain, used, state)
+            self.store.update_record(
+                chain,
+                checkpoint=slot,
+                steps_written=steps,
+                draws_written=self.job.config.draws_before(steps),
+            )
+
+    def _open_buffers(self, chain: int, first: int) -> dict[str, RowBuffer]:
+        """One buffer per array that this chain fills."""
+        draws = self.job.config.draws_before(first)
+        buffers = {}
+        for name, array in self.store.arrays.items():
+            dims = array.metadata.dimension_names or ()  # type: ignore[union-attr]
+            if tuple(dims[:1]) == ("chain",) and len(dims) > 1 and dims[1] in ("draw", "step"):
+                if name == "sampling_rows":
+                    continue
+                row = draws if dims[1] == "draw" else first
+                buffers[name] = RowBuffer(self.writer, name, chain, row, _stack)
+        return buffers
+
+
+def working_copy(job: SamplingJob) -> nn.Module:
+    """Copy the caller's model to the job's device, without its gradients."""
+    try:
+        model = copy.deepcopy(job.model)
+    except Exception as error:
+        raise TypeError(
+            f"{type(job.model).__name__} cannot be copied ({error}); sampling works on a copy so "
+            "that your model stays as it is: detach tensors that the model keeps, or remove hooks"
+        ) from error
+    model = to_device(model, job.device)
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.data = parameter.data.contiguous()
+    return model.train(job.config.train_mode)
+
+
+def perturb(
+    parameters: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    indices: Sequence[int],
+    std: float,
+    *,
+    seed: int,
+    chain: int,
+) -> None:
+    """Add the one perturbation of ``init_noise`` to weights, in place."""
+    for parameter, mask, index in zip(parameters, masks, indices, strict=True):
+        noise = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        fill_normal(noise, seed=seed, chain=chain, step=0, param_index=index, stream=INIT)
+        noise.mul_(std)
+        if mask is not None:
+            noise.mul_(mask)
+        parameter.copy_(parameter.float().add_(noise))
+
+
+def _stack(rows: list[Any]) -> np.ndarray:
+    return torch.stack(rows).cpu().numpy()
+
+
+def _pack(tensors: list[Tensor]) -> np.ndarray:
+    flat = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in tensors]
+    return (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).numpy()
+
+
+def _unpack(packed: np.ndarray, tensors: list[Tensor]) -> None:
+    start = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        values = torch.from_numpy(packed[start : start + size].copy()).view(tensor.dtype)
+        tensor.copy_(values.reshape(tensor.shape))
+        start += size
+
+
+def _cuda_devices(device: torch.device) -> list[int]:
+    return [device.index or 0] if device.type == "cuda" else []

@@ -1,0 +1,327 @@
+"""A job: everything checked and read that chains need, so that they only compute."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from basinscope.io.schema import ArraySpec, sampling_arrays
+from basinscope.kernels.cross_entropy import token_cross_entropy
+from basinscope.models.forward import max_sequence_length, token_logits, vocabulary_size
+from basinscope.sampling.config import SamplerConfig
+from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
+from basinscope.sampling.observables import Observable, read_observables
+
+LossFn = Callable[[nn.Module, Tensor], Tensor]
+ParamMasks = Mapping[str, Tensor | None]
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """What all chains of a run share.
+
+    Attributes
+    ----------
+    model : nn.Module
+        The caller's model at the checkpoint; never changed.
+    masks : dict of str to Tensor or None
+        The parameters that move; a mask of None moves all of it.
+    dataset_rows : int
+        Rows of the sampling data set.
+    pool : Tensor (row, token)
+        The rows of the sampling data set that some chain uses, each once.
+    pool_rows : ndarray (row,)
+        Their numbers in the data set, ascending.
+    """
+
+    model: nn.Module
+    config: SamplerConfig
+    masks: dict[str, Tensor | None]
+    loss_fn: LossFn | None
+    device: torch.device
+    dataset_rows: int
+    pool: Tensor
+    pool_rows: np.ndarray
+    observables: list[Observable]
+
+    @property
+    def sequence_length(self) -> int:
+        return self.pool.shape[1]
+
+    @property
+    def loss(self) -> LossFn:
+        """The caller's loss, or next-token cross-entropy on the model's logits."""
+        return self.loss_fn or next_token_loss
+
+    def batch_rows(self, chain: int) -> np.ndarray:
+        """Data set rows of every batch of one epoch in a chain's order, (batches, batch_size)."""
+        seed = self.config.init_seed
+        if not self.config.match_sampling_input_ids_across_chains:
+            seed += chain
+        return batch_order(self.dataset_rows, self.config.batch_size, self.config.shuffle, seed)
+
+    def step_rows(self, chain: int) -> np.ndarray:
+        """Data set rows of every step of a chain, (steps, gradient_accumulation * batch_size)."""
+        batches = self.config.num_steps * self.config.gradient_accumulation_steps
+        return cycled(self.batch_rows(chain), batches).reshape(self.config.num_steps, -1)
+
+    def token_ids(self, rows: np.ndarray) -> Tensor:
+        """Token ids of data set rows, (row, token) int64 on the job's device."""
+        positions = torch.from_numpy(np.searchsorted(self.pool_rows, rows))
+        return self.pool[positions].to(self.device, torch.int64)
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """The arrays of this job's store."""
+        config = self.config
+        largest = max([int(self.pool.max()), *(int(o.input_ids.max()) for o in self.observables)])
+        return sampling_arrays(
+            num_chains=config.num_chains,
+            num_draws=config.num_draws,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            sequence_length=self.sequence_length,
+            observables={o.obs_id: len(o.input_ids) for o in self.observables},
+            largest_id=largest,
+            num_dataset_rows=self.dataset_rows,
+            shared_batches=config.match_sampling_input_ids_across_chains,
+            save_metrics=config.save_metrics,
+            save_sampling_input_ids=config.save_sampling_input_ids,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the numbers of a run, as the store's metadata keeps it."""
+        return {
+            "sampler": self.config.asdict(),
+            "observables": [observable.describe() for observable in self.observables],
+            "model": describe_model(self.model),
+            "param_masks": describe_masks(self.model, self.masks),
+            "loss_fn": _qualified_name(self.loss_fn) if self.loss_fn else None,
+            "datasets": {
+                "sampling": {
+                    "rows": self.dataset_rows,
+                    "sequence_length": self.sequence_length,
+                    "sha256": _digest(self.pool_rows, self.pool.to(torch.int64).numpy()),
+                },
+                **{
+                    f"observable {o.obs_id}": {"sha256": _digest(o.input_ids)}
+                    for o in self.observables
+                },
+            },
+        }
+
+
+def next_token_loss(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Cross-entropy of each next token, (batch, token - 1), float32 nats."""
+    return token_cross_entropy(token_logits(model, input_ids)[:, :-1], input_ids[:, 1:])
+
+
+def prepare_job(
+    model: nn.Module,
+    dataset: Any,
+    observables: Mapping[str, Any],
+    config: SamplerConfig,
+    *,
+    param_masks: ParamMasks | None,
+    loss_fn: LossFn | None,
+    device: str | torch.device | None,
+) -> SamplingJob:
+    """Check a call's inputs against each other and read the rows that it will use.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In one paragraph: what was got, what is valid, what to do.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(
+            "loss_fn must be a function (model, input_ids) -> (batch, token - 1) losses, or None; "
+            f"got {type(loss_fn).__name__}"
+        )
+    chosen = choose_device(device)
+    masks = check_masks(model, param_masks)
+
+    rows, length = check_dataset(dataset, "dataset")
+    if rows < config.batch_size:
+        raise ValueError(
+            f"dataset has {rows} rows, fewer than one batch of batch_size={config.batch_size}: "
+            "give more rows or a smaller batch_size"
+        )
+    limit = max_sequence_length(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"dataset's sequences have {length} tokens, and {type(model).__name__} takes at most "
+            f"{limit}: cut them shorter (tokenize_and_concatenate(max_length={limit}))"
+        )
+    read = read_observables(
+        observables,
+        batch_size=config.batch_size,
+        batches_per_draw=config.batches_per_draw,
+        seed=config.obs_seed,
+        sequence_length=length,
+    )
+    used = _used_rows(config, rows)
+    ids = read_rows(dataset, used)
+    for name, values in [
+        ("dataset", ids),
+        *((f"observable {o.name!r}", o.input_ids) for o in read),
+    ]:
+        _check_vocabulary(model, values, name)
+    return SamplingJob(
+        model=model,
+        config=config,
+        masks=masks,
+        loss_fn=loss_fn,
+        device=chosen,
+        dataset_rows=rows,
+        pool=torch.from_numpy(ids.astype(np.int32)),
+        pool_rows=used,
+        observables=read,
+    )
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """Give the asked device, or the GPU if there is one, or the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"device={device!r} cannot be used here ({str(error).splitlines()[0]}); "
+            f"available: {', '.join(found)}"
+        ) from error
+    return chosen
+
+
+def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, Tensor | None]:
+    """Check which parameters move; None moves all that require a gradient."""
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no parameters to sample")
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"parameter {name!r} has dtype {parameter.dtype}: quantised weights cannot be "
+                "sampled; load the model in float32, bfloat16 or float16"
+            )
+    if param_masks is None:
+        moved = {name: None for name, p in parameters.items() if p.requires_grad}
+        if not moved:
+            raise ValueError(
+                f"no parameter of {type(model).__name__} requires a gradient: call "
+                "model.requires_grad_(True), or name the parameters to move in param_masks"
+            )
+        return dict(moved)
+    if not isinstance(param_masks, Mapping):
+        raise TypeError(
+            "param_masks must be a dict of parameter name to bool mask or None; "
+            f"got {type(param_masks).__name__}"
+        )
+    for name, mask in param_masks.items():
+        if name not in parameters:
+            near = difflib.get_close_matches(str(name), parameters, n=3)
+            raise ValueError(
+                f"param_masks names {name!r}, which is no parameter of {type(model).__name__}; "
+                f"did you mean {', '.join(near) if near else 'one of model.named_parameters()'}?"
+            )
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"a {mask.dtype} tensor" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"the mask of {name!r} must be a bool tensor or None; got {got}")
+        if mask.shape != parameters[name].shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter "
+                f"{tuple(parameters[name].shape)}: they must be equal"
+            )
+    if not any(mask is None or bool(mask.any()) for mask in param_masks.values()):
+        raise ValueError("param_masks selects no weight at all: nothing would move")
+    return dict(param_masks)
+
+
+def moved_elements(model: nn.Module, masks: ParamMasks) -> int:
+    """Count the weights that move."""
+    parameters = dict(model.named_parameters())
+    return sum(
+        parameters[name].numel() if mask is None else int(mask.count_nonzero())
+        for name, mask in masks.items()
+    )
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Identify a checkpoint: class, size and a hash of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(_bytes(tensor))
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def describe_masks(model: nn.Module, masks: ParamMasks) -> dict[str, Any]:
+    """Identify a restriction: how much moves, and a hash of names and masks."""
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        mask = masks[name]
+        digest.update(name.encode())
+        digest.update(b"all" if mask is None else _bytes(mask))
+    return {
+        "parameters": len(masks),
+        "elements": moved_elements(model, masks),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _used_rows(config: SamplerConfig, num_rows: int) -> np.ndarray:
+    """Rows that training steps or the initial loss read, over all chains, ascending."""
+    matched = config.match_sampling_input_ids_across_chains
+    per_step = config.gradient_accumulation_steps
+    batches = per_step * max(config.num_steps, config.num_init_loss_batches)
+    seeds = [config.init_seed + c for c in range(1 if matched else config.num_chains)]
+    orders = [batch_order(num_rows, config.batch_size, config.shuffle, seed) for seed in seeds]
+    return np.unique(np.concatenate([order[:batches].reshape(-1) for order in orders]))
+
+
+def _check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
+    size = vocabulary_size(model)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (size is not None and high >= size) or high > np.iinfo(np.int32).max:
+        valid = f"0 to {size - 1}" if size is not None else "0 or more"
+        raise ValueError(
+            f"{name} has token ids from {low} to {high}, and {type(model).__name__} knows {valid}: "
+            "tokenize with this model's own tokenizer"
+        )
+
+
+def _qualified_name(function: Callable[..., Any]) -> str:
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(repr(array.shape).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data

@@ -1,0 +1,94 @@
+"""Where the time of a run goes: seconds per phase, and named ranges for a profiler."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PhaseClock:
+    """Adds up wall time per phase.
+
+    On a GPU a phase's time is what the host spent on it; the kernels it launched may still run.
+
+    Attributes
+    ----------
+    seconds : dict of str to float
+    annotate : bool
+        Whether phases also become ranges in a running profiler (and NVTX ranges on CUDA).
+    """
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.annotate = False
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time inside the block."""
+        start = time.perf_counter()
+        try:
+            if self.annotate:
+                with _named_range(phase):
+                    yield
+            else:
+                yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+@contextmanager
+def _named_range(phase: str) -> Iterator[None]:
+    if torch.cuda.is_available():
+        torch.cuda.nvtx.range_push(phase)
+    try:
+        with torch.profiler.record_function(phase):
+            yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.nvtx.range_pop()
+
+
+class StepProfiler:
+    """Writes a ``torch.profiler`` trace of a window of steps.
+
+    Parameters
+    ----------
+    path : Path or None
+        Chrome trace to write; None profiles nothing.
+    steps : (int, int)
+        First step and the step after the last.
+    """
+
+    def __init__(self, path: Path | None, steps: tuple[int, int], clock: PhaseClock) -> None:
+        self.path, self.clock = path, clock
+        self.first, self.end = steps
+        self.running: Any = None
+
+    def before_step(self, step: int) -> None:
+        """Start at the window's first step."""
+        if self.path is not None and step == self.first:
+            self.running = torch.profiler.profile()
+            self.running.__enter__()
+            self.clock.annotate = True
+
+    def after_step(self, step: int) -> None:
+        """Stop after the window's last step and write the trace."""
+        if self.running is not None and step + 1 >= self.end:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write what was profiled, if anything, and profile no more."""
+        if self.running is None:
+            return
+        self.clock.annotate = False
+        self.running.__exit__(None, None, None)
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.running.export_chrome_trace(str(self.path))
+        self.running, self.path = None, None

@@ -1,0 +1,412 @@
+"""sample(): from a model and data sets to a store of per-token losses."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from basinscope.io.codecs import rounding_error
+from basinscope.io.store import (
+    FAILED,
+    SampleStore,
+    is_store,
+    open_store,
+    provenance,
+    require_same_settings,
+)
+from basinscope.io.writer import BackgroundWriter
+from basinscope.sampling.chain import run_chains, working_copy
+from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
+from basinscope.sampling.init_loss import init_losses
+from basinscope.sampling.interrupt import StopRequest, stop_on_signals
+from basinscope.sampling.job import SamplingJob, moved_elements, prepare_job
+from basinscope.sampling.progress import show_progress
+from basinscope.sampling.workers import run_in_workers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger("basinscope")
+
+TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
+
+
+class ChainFailedWarning(UserWarning):
+    """A chain's loss became infinite or NaN; the others are complete."""
+
+
+def sample(
+    model: nn.Module,
+    dataset: Dataset,
+    observables: Mapping[str, Dataset | tuple[Dataset, int]],
+    *,
+    lr: float,
+    n_beta: float,
+    param_masks: Mapping[str, Tensor | None] | None = None,
+    num_chains: int = 4,
+    num_draws: int = 200,
+    batch_size: int = 32,
+    num_burnin_steps: int = 0,
+    num_steps_bw_draws: int = 1,
+    num_init_loss_batches: int = 32,
+    init_seed: int = 100,
+    batches_per_draw: int = 3,
+    obs_seed: int = 1337,
+    gradient_accumulation_steps: int = 1,
+    localization: float = 0.0,
+    noise_level: float = 1.0,
+    llc_weight_decay: float = 0.0,
+    bounding_box_size: float | None = None,
+    sampling_method: Literal["sgmcmc_sgld", "rmsprop_sgld"] = "sgmcmc_sgld",
+    sampling_method_kwargs: dict[str, Any] | None = None,
+    rmsprop_eps: float | None = None,
+    rmsprop_alpha: float | None = None,
+    shuffle: bool = True,
+    match_sampling_input_ids_across_chains: bool = True,
+    init_noise: float | None = None,
+    device: str | torch.device | None = None,
+    save_metrics: bool = False,
+    output_path: str | os.PathLike[str] | None = None,
+    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    train_mode: bool = False,
+    save_sampling_input_ids: bool = False,
+    loss_keep_bits: int | None = None,
+    workers: int = 1,
+    chains: Sequence[int] | None = None,
+    checkpoint_every: int | None = None,
+    profile: str | os.PathLike[str] | None = None,
+    profile_steps: tuple[int, int] = (5, 15),
+    progress: bool | None = None,
+) -> xr.DataTree:
+    r"""Sample weights around a checkpoint and store every per-token loss.
+
+    Each chain starts at the checkpoint w0 and takes
+    ``num_burnin_steps + num_draws * num_steps_bw_draws`` steps of stochastic gradient Langevin
+    dynamics (Welling & Teh 2011, localized as in Lau et al. 2023):
+
+    .. math::
+        w ← w - \frac{ε}{2} M [G nβ g + G (λ w + γ (w - w_0))] + \sqrt{ε G} M σ ξ
+
+    with g the gradient of the mean per-token loss of a batch and G = 1, or RMSprop's
+    preconditioner. The caller's model is not changed, whatever happens.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps ``input_ids (batch, token)`` to logits: a Hugging Face causal LM, a TransformerLens
+        ``HookedTransformer``, or any module that returns logits or an object with ``.logits``.
+    dataset : datasets.Dataset
+        What chains are trained on: a column ``input_ids``, all rows of one length, at least 2.
+    observables : dict
+        Name to a data set, or to ``(data set, batches_per_draw)``, whose losses each draw records.
+    lr, n_beta : float
+        Step size ε and inverse temperature nβ.
+    param_masks : dict, optional
+        Parameter name to bool mask, or to None for all of it. Only these move. Default: every
+        parameter that requires a gradient.
+    num_chains, num_draws, num_burnin_steps, num_steps_bw_draws : int
+        Chains, draws per chain, steps before the first draw, steps per draw.
+    batch_size, gradient_accumulation_steps : int
+        Sequences per batch, batches per step.
+    num_init_loss_batches : int
+        Batches (times ``gradient_accumulation_steps``) for the loss at the checkpoint.
+    batches_per_draw, obs_seed : int
+        How many batches of an observable a draw evaluates, and the seed that picks them.
+    init_seed : int
+        Chain c draws its noise with ``init_seed + c``.
+    localization, llc_weight_decay, noise_level : float
+        γ, λ and σ of the equation.
+    bounding_box_size : float, optional
+        Weights stay within this distance of the checkpoint, each by itself.
+    init_noise : float, optional
+        Standard deviation of one perturbation of the weights before the first step.
+    sampling_method : {"sgmcmc_sgld", "rmsprop_sgld"}
+    sampling_method_kwargs, rmsprop_eps, rmsprop_alpha
+        RMSprop's ``eps`` (0.1) and ``alpha`` (0.99).
+    shuffle, match_sampling_input_ids_across_chains : bool
+        Shuffle the data set once; let all chains see the same batches in the same order.
+    device : str or torch.device, optional
+        Default: the GPU if there is one.
+    save_metrics : bool
+        Store nine norms and dot products of every update.
+    output_path : path, optional
+        The store. If it exists with the same settings it is continued, or returned if complete.
+        Default: a temporary directory, with a warning if the work is worth keeping.
+    loss_fn : callable, optional
+        ``(model, input_ids) -> (batch, token - 1)`` losses in place of next-token cross-entropy.
+    train_mode : bool
+        Leave dropout on while sampling and observing.
+    save_sampling_input_ids : bool
+        Store the sampling batches' token ids, not only their row numbers.
+    loss_keep_bits : int, optional
+        Round stored losses to this many mantissa bits (relative error at most
+        ``2 ** -(bits + 1)``). Default: lossless.
+    workers : int
+        Processes that share the machine's threads and run chains side by side.
+    chains : sequence of int, optional
+        Run only these chains of the store (for array jobs). Default: all.
+    checkpoint_every : int, optional
+        Draws between checkpoints, from which an interrupted chain continues. Default: an
+        interrupted chain starts again.
+    profile : path, optional
+        Write a ``torch.profiler`` trace of the steps ``profile_steps`` of the first chain.
+    progress : bool, optional
+        True: lines on stderr; False: nothing; None: bars on a terminal, lines elsewhere.
+
+    Returns
+    -------
+    xr.DataTree
+        The store, opened lazily. Losses in nats; see ``docs/store.md`` for its arrays.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Before any sampling: an argument, data set, mask or model that does not fit.
+    StoreMismatchError
+        If ``output_path`` has a store of other settings; names each field.
+    FileExistsError
+        If ``output_path`` has something that is not a store.
+    StoreWriteError
+        If the store cannot be written, as soon as that is known.
+
+    Warns
+    -----
+    ChainFailedWarning
+        If a chain's loss became NaN or infinite. It is marked as failed, the others are kept.
+    """
+    config = SamplerConfig(
+        lr=lr,
+        n_beta=n_beta,
+        num_chains=num_chains,
+        num_draws=num_draws,
+        batch_size=batch_size,
+        num_burnin_steps=num_burnin_steps,
+        num_steps_bw_draws=num_steps_bw_draws,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        num_init_loss_batches=num_init_loss_batches,
+        batches_per_draw=batches_per_draw,
+        init_seed=init_seed,
+        obs_seed=obs_seed,
+        localization=localization,
+        noise_level=noise_level,
+        llc_weight_decay=llc_weight_decay,
+        bounding_box_size=bounding_box_size,
+        init_noise=init_noise,
+        sampling_method=sampling_method,
+        sampling_method_kwargs=merge_rmsprop_aliases(
+            sampling_method, sampling_method_kwargs, rmsprop_eps, rmsprop_alpha
+        ),
+        shuffle=shuffle,
+        match_sampling_input_ids_across_chains=match_sampling_input_ids_across_chains,
+        save_metrics=save_metrics,
+        save_sampling_input_ids=save_sampling_input_ids,
+        train_mode=train_mode,
+        loss_keep_bits=loss_keep_bits,
+    )
+    _check_count("workers", workers)
+    if checkpoint_every is not None:
+        _check_count("checkpoint_every", checkpoint_every)
+    asked = _check_chains(chains, config.num_chains)
+    if workers > 1 and profile is not None:
+        raise ValueError("profile= traces one process: use it with workers=1")
+
+    path = None if output_path is None else Path(output_path)
+    if path is not None and _is_taken(path):
+        raise FileExistsError(
+            f"{path} exists and is not a sampling store; it is left as it is. "
+            "Choose another output_path"
+        )
+    job = prepare_job(
+        model,
+        dataset,
+        observables,
+        config,
+        param_masks=param_masks,
+        loss_fn=loss_fn,
+        device=device,
+    )
+    path = path or _temporary_path(config)
+    settings = job.settings()
+    if is_store(path):
+        store = SampleStore(path)
+        stored = store.attributes.get("metadata", {}).get("config", {})
+        require_same_settings(path, stored, settings)
+        if store.attributes.get("completed") == 1:
+            logger.info("%s is complete and has these settings: nothing to sample", path)
+            return open_store(path)
+
+    working = working_copy(job)
+    with stop_on_signals() as stop, torch.random.fork_rng(devices=[]):
+        _check_loss(job, working)
+        if is_store(path):
+            store = SampleStore(path)
+        else:
+            attributes = _attributes(job, settings)
+            arrays = job.arrays()
+            store = SampleStore.create(path, arrays, attributes, num_chains, loss_keep_bits)
+        todo = [chain for chain in store.unfinished() if chain in asked]
+        tokens = config.gradient_accumulation_steps * config.batch_size * (job.sequence_length - 1)
+        with show_progress(todo, config.num_steps, config.num_draws, tokens, progress) as report:
+            _write_inputs(job, store, working, todo, stop)
+            if workers > 1 and len(todo) > 1:
+                del working
+                run_in_workers(
+                    job,
+                    path,
+                    todo,
+                    workers,
+                    checkpoint_every=checkpoint_every,
+                    stop=stop,
+                    report=report,
+                )
+            else:
+                run_chains(
+                    job,
+                    working,
+                    store,
+                    todo,
+                    checkpoint_every=checkpoint_every,
+                    stop=stop,
+                    report=report,
+                    profile=None if profile is None else Path(profile),
+                    profile_steps=profile_steps,
+                )
+        store.finish()
+    _warn_about_failures(store)
+    return open_store(path)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+
+
+def _check_chains(chains: Sequence[int] | None, num_chains: int) -> set[int]:
+    asked = set(range(num_chains) if chains is None else chains)
+    strange = sorted(asked - set(range(num_chains)), key=str)
+    if strange or not asked:
+        raise ValueError(
+            f"chains must name some of 0 to {num_chains - 1} (num_chains={num_chains}); "
+            f"got {sorted(asked, key=str)}"
+        )
+    return asked
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something that is no store, and not an empty directory, is at ``path``."""
+    if not path.exists() or is_store(path):
+        return False
+    return not path.is_dir() or any(path.iterdir())
+
+
+def _temporary_path(config: SamplerConfig) -> Path:
+    work = config.num_chains * config.num_steps * config.batch_size
+    path = Path(tempfile.mkdtemp(prefix="basinscope-")) / "samples.zarr"
+    if work > TEMPORARY_WORK:
+        warnings.warn(
+            f"no output_path was given: {work} sampled sequences go to the temporary store {path}, "
+            "which your system may delete; pass output_path='samples.zarr' to keep them",
+            stacklevel=3,
+        )
+    return path
+
+
+def _check_loss(job: SamplingJob, model: nn.Module) -> None:
+    """Evaluate one batch at the checkpoint, so that a misfit shows before anything is written."""
+    batch = job.token_ids(job.batch_rows(0)[0])
+    wanted = (len(batch), job.sequence_length - 1)
+    kind = "loss_fn" if job.loss_fn is not None else "the model's loss"
+    try:
+        with torch.enable_grad():
+            losses = job.loss(model, batch)
+    except IndexError as error:
+        raise ValueError(
+            f"{type(job.model).__name__} cannot take the data set's token ids, which go up to "
+            f"{int(batch.max())} in sequences of {job.sequence_length} ({error}): tokenize with "
+            "this model's own tokenizer, and to its length"
+        ) from error
+    if not isinstance(losses, Tensor) or tuple(losses.shape) != wanted:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"{kind} must have shape (batch, token - 1) = {wanted}, one loss per predicted token; "
+            f"got {got}"
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            f"{kind} has no gradient with respect to the parameters that should move: it was "
+            "detached, computed under no_grad, or does not depend on them"
+        )
+    if not torch.isfinite(losses).all():
+        raise ValueError(
+            f"{kind} is not finite at the checkpoint itself: sampling around it is meaningless. "
+            "Check the weights (load the model in float32 or bfloat16) and the data"
+        )
+
+
+def _attributes(job: SamplingJob, settings: dict[str, Any]) -> dict[str, Any]:
+    config = job.config
+    attributes = {
+        "metadata": {"config": settings},
+        "completed": 0,
+        **provenance(),
+        "torch": torch.__version__,
+        "device": str(job.device),
+    }
+    if config.save_metrics:
+        attributes["metrics_numel"] = moved_elements(job.model, job.masks)
+    if config.loss_keep_bits is not None:
+        attributes["loss_relative_error"] = rounding_error(config.loss_keep_bits)
+    return attributes
+
+
+def _write_inputs(
+    job: SamplingJob, store: SampleStore, model: nn.Module, chains: list[int], stop: StopRequest
+) -> None:
+    """Write what no draw changes: ids, row numbers and the loss at the checkpoint."""
+    missing = [c for c in chains if not store.record(c)["init_loss_written"]]
+    if not missing:
+        return
+    start = time.perf_counter()
+    writer = BackgroundWriter(store.path, store.arrays)
+    try:
+        writer.put("n_beta", (), np.asarray(job.config.n_beta))
+        for observable in job.observables:
+            writer.put(f"input_ids_{observable.obs_id}", slice(None), observable.input_ids)
+        if job.config.match_sampling_input_ids_across_chains:
+            writer.put("sampling_rows", slice(None), job.step_rows(0))
+        else:
+            rows = np.stack([job.step_rows(chain) for chain in range(job.config.num_chains)])
+            writer.put("sampling_rows", slice(None), rows)
+        for chain, losses in init_losses(job, model, missing, stop).items():
+            writer.put("init_loss", chain, losses)
+        writer.drain()
+    finally:
+        writer.close()
+    share = round((time.perf_counter() - start) / len(missing), 6)
+    for chain in missing:
+        store.update_record(chain, init_loss_written=True, seconds={"init_loss": share})
+
+
+def _warn_about_failures(store: SampleStore) -> None:
+    failed = {c: r for c, r in store.records().items() if r["state"] == FAILED}
+    if failed:
+        reasons = "; ".join(
+            f"chain {c} at step {r['failed_step']}: {r['reason']}" for c, r in failed.items()
+        )
+        warnings.warn(
+            f"{len(failed)} of {store.num_chains} chains failed and are left out of estimates "
+            f"({reasons}). A smaller lr, or more localization, keeps chains in the basin",
+            ChainFailedWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,179 @@
+"""Chains in worker processes: same numbers, several at once.
+
+A worker is ``python -m basinscope.sampling.workers``; it reads its job from a file, so a caller's
+script needs no ``if __name__ == "__main__"`` guard, and models and losses defined there travel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from basinscope.io.store import RUNNING, SampleStore
+from basinscope.sampling.chain import Progress, run_chains, working_copy
+from basinscope.sampling.interrupt import StopRequest, stop_on_signals
+from basinscope.sampling.job import SamplingJob
+
+REPORT_SECONDS = 0.1  # between two reports of a worker
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended before its chains did."""
+
+
+def run_in_workers(
+    job: SamplingJob,
+    path: Path,
+    chains: list[int],
+    workers: int,
+    *,
+    checkpoint_every: int | None,
+    stop: StopRequest,
+    report: Callable[[Progress], None],
+) -> None:
+    """Spread chains over processes that share the machine's threads.
+
+    Raises
+    ------
+    WorkerError
+        If a worker failed; the others are stopped, with their checkpoints written.
+    """
+    count = min(workers, len(chains))
+    with tempfile.TemporaryDirectory(prefix="basinscope-job-") as directory:
+        job_file = Path(directory) / "job.pt"
+        _save_job(job, job_file)
+        processes = [
+            _start(job_file, path, chains[i::count], count, checkpoint_every) for i in range(count)
+        ]
+        try:
+            _listen(processes, stop, report)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait()
+
+
+def _save_job(job: SamplingJob, file: Path) -> None:
+    import cloudpickle
+
+    try:
+        torch.save(job, file, pickle_module=cloudpickle)
+    except Exception as error:
+        raise TypeError(
+            f"the model or loss_fn cannot be sent to worker processes ({error}): use workers=1, "
+            "or define them without open files, locks or generators"
+        ) from error
+
+
+def _start(
+    job_file: Path, store: Path, chains: list[int], count: int, checkpoint_every: int | None
+) -> subprocess.Popen[str]:
+    order = {
+        "job": str(job_file),
+        "store": str(store),
+        "chains": chains,
+        "threads": max(1, torch.get_num_threads() // count),
+        "checkpoint_every": checkpoint_every,
+        "path": [entry for entry in sys.path if entry],
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "basinscope.sampling.workers", json.dumps(order)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(order["path"])},  # type: ignore[arg-type]
+        start_new_session=True,  # Ctrl-C reaches the parent, which asks its workers
+    )
+
+
+def _listen(
+    processes: list[subprocess.Popen[str]], stop: StopRequest, report: Callable[[Progress], None]
+) -> None:
+    """Pass reports on until all workers have ended."""
+    messages: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    def read(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                messages.put(json.loads(line))
+        messages.put({"ended": process.wait()})
+
+    for process in processes:
+        threading.Thread(target=read, args=(process,), daemon=True).start()
+
+    running = len(processes)
+    while running:
+        stop.raise_if_asked()
+        try:
+            message = messages.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if "ended" in message:
+            running -= 1
+            if message["ended"] != 0:
+                raise WorkerError(
+                    f"a worker process ended with exit code {message['ended']}; its own message "
+                    "stands above. Finished chains are kept: the same call continues"
+                )
+        else:
+            report(Progress(**message))
+
+
+def _main(order: dict[str, Any]) -> None:
+    torch.set_num_threads(order["threads"])
+    job = torch.load(order["job"], weights_only=False)
+    with stop_on_signals() as stop:
+        _stop_with_parent()
+        run_chains(
+            job,
+            working_copy(job),
+            SampleStore(Path(order["store"])),
+            order["chains"],
+            checkpoint_every=order["checkpoint_every"],
+            stop=stop,
+            report=_printer(),
+        )
+
+
+def _stop_with_parent() -> None:
+    """End this process in good order once its parent is gone and the pipe from it closed."""
+
+    def wait() -> None:
+        sys.stdin.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _printer() -> Callable[[Progress], None]:
+    """Print reports as lines of JSON, not more often than a person can see."""
+    last = 0.0
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if progress.state == RUNNING and time.monotonic() - last < REPORT_SECONDS:
+            return
+        last = time.monotonic()
+        print(json.dumps(asdict(progress)), flush=True)
+
+    return report
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Paired measurements against the incumbents; see ``harness.py``."""

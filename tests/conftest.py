@@ -1,0 +1,44 @@
+"""Tiny models and data sets that the tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from tests.models_small import tiny_model
+
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A GPT-NeoX of 2 layers and 40 token ids."""
+    return tiny_model("gpt_neox")
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    """48 rows of 9 token ids below 40."""
+    return token_rows(48, 9, seed=1)
+
+
+@pytest.fixture
+def observables() -> dict[str, Dataset]:
+    return {"first": token_rows(30, 9, seed=2), "second set": token_rows(25, 9, seed=3)}
+
+
+def token_rows(rows: int, length: int, seed: int, vocabulary: int = 40) -> Dataset:
+    ids = np.random.default_rng(seed).integers(0, vocabulary, (rows, length))
+    return Dataset.from_dict({"input_ids": ids}).with_format("torch")

@@ -1,0 +1,360 @@
+"""The SGLD update on every path against the update in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from basinscope.kernels.sgld import METRIC_NAMES, SgldUpdate
+from tests.reference import philox
+from tests.reference import sgld as oracle
+
+PATHS = ["cpu", "reference", "triton"]
+HALVES = [torch.bfloat16, torch.float16]
+SHAPES = [(3, 5), (0,), (1030,), (7, 1, 2), ()]
+ADDRESS = {"seed": 2**40 + 3, "chain": 2}
+
+PLAIN: dict[str, Any] = {"lr": 1e-2, "n_beta": 30.0}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "localized": {"localization": 5.0, "weight_decay": 3.0},
+    "no noise": {"noise_level": 0.0, "localization": 5.0},
+    "loud": {"noise_level": 2.5},
+    "boxed": {"bounding_box_size": 0.05, "localization": 5.0},
+    "rmsprop": {"alpha": 0.9, "eps": 0.1, "localization": 5.0, "weight_decay": 3.0},
+    "everything": {
+        "alpha": 0.99,
+        "eps": 0.01,
+        "localization": 5.0,
+        "weight_decay": 3.0,
+        "noise_level": 0.5,
+        "bounding_box_size": 0.4,
+    },
+}
+
+
+class Problem:
+    """Tensors of odd sizes, and the same problem for the oracle."""
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        dtype: torch.dtype = torch.float32,
+        masked: bool = False,
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+    ) -> None:
+        generator = torch.Generator().manual_seed(5)
+
+        def draw(scale: float) -> list[Tensor]:
+            return [(scale * torch.randn(s, generator=generator)).to(dtype) for s in shapes]
+
+        self.settings = oracle.Settings(**{**PLAIN, **settings})
+        self.anchors, noise = draw(1.0), draw(0.05)
+        self.weights = [a + n for a, n in zip(self.anchors, noise, strict=True)]
+        self.steps: list[list[Tensor | None]] = [list(draw(1.0)) for _ in range(2)]
+        self.masks: list[Tensor | None] = [None] * len(shapes)
+        if masked:
+            self.masks = [torch.rand(s, generator=generator) < 0.6 for s in shapes]
+            self.masks[-1] = None
+
+    def update(self, path: str, metrics: bool = True, **more: Any) -> SgldUpdate:
+        return SgldUpdate(
+            [w.clone() for w in self.weights],
+            anchors=self.anchors,
+            masks=self.masks,
+            metrics=metrics,
+            path=path,
+            **asdict(self.settings),
+            **more,
+        )
+
+    def run(self, update: SgldUpdate) -> list[Tensor | None]:
+        return [update.step(g, step=i, **ADDRESS) for i, g in enumerate(self.steps)]
+
+    def expected_step(
+        self, weights: list[Tensor], squares: list[np.ndarray], step: int
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+        """Weights, second moments and metrics of one float64 step from the given weights."""
+        new_weights, new_squares, terms = [], [], []
+        for i, gradient in enumerate(self.steps[step]):
+            w, w0 = wide(weights[i]), wide(self.anchors[i])
+            if gradient is None:
+                new_weights.append(w)
+                new_squares.append(squares[i])
+                continue
+            mask = self.masks[i]
+            m = np.ones(w.shape) if mask is None else mask.numpy().astype(np.float64)
+            xi = philox.normals(w.size, step=step, param_index=i, **ADDRESS).reshape(w.shape)
+            w, v, t = oracle.update(w, wide(gradient), w0, m, squares[i], xi, self.settings)
+            new_weights.append(w)
+            new_squares.append(v)
+            terms.append(t)
+        return new_weights, new_squares, oracle.metrics(terms)
+
+
+def check_against_oracle(problem: Problem, path: str, dtype: torch.dtype) -> None:
+    """Each step starts from the weights the kernel has reached, so that roundings do not add up."""
+    update = problem.update(path)
+    squares = [np.zeros(w.shape) for w in problem.weights]
+    for i, gradients in enumerate(problem.steps):
+        expected, squares, metrics = problem.expected_step(update.params, squares, i)
+        found = update.step(gradients, step=i, **ADDRESS)
+        for ours, truth in zip(update.params, expected, strict=True):
+            np.testing.assert_allclose(wide(ours), truth, atol=2e-6, rtol=rounding(dtype, path))
+        for ours, truth in zip(update.square_avgs or [], squares, strict=False):
+            np.testing.assert_allclose(wide(ours), truth, rtol=1e-5)
+        assert found is not None
+        assert found.dtype == torch.float32
+        assert found.shape == (len(METRIC_NAMES),)
+        # a dot product of nearly orthogonal terms is judged against the product of their norms
+        slack = 1e-5 * (metrics[0] + metrics[4]) * (metrics[0] + metrics[2] + metrics[3])
+        np.testing.assert_allclose(found[:6].numpy(), metrics[:6], rtol=2e-5, atol=1e-7)
+        np.testing.assert_allclose(found[6:].numpy(), metrics[6:], rtol=2e-5, atol=slack)
+
+
+def wide(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().numpy()
+
+
+def rounding(dtype: torch.dtype, path: str) -> float:
+    """Half a unit in the last place; Triton's interpreter (alone) truncates to bfloat16."""
+    whole = path == "triton" and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps * (1.01 if whole else 0.505) if dtype in HALVES else 2e-6
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("case", CASES)
+def test_float32(path: str, masked: bool, case: str) -> None:
+    check_against_oracle(Problem(CASES[case], masked=masked), path, torch.float32)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", ["localized", "everything"])
+def test_16_bits(path: str, dtype: torch.dtype, case: str) -> None:
+    check_against_oracle(Problem(CASES[case], dtype, masked=True), path, dtype)
+
+
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("case", ["plain", "everything"])
+def test_float64(path: str, case: str) -> None:
+    """The noise is that of the float32 stream, the arithmetic float64."""
+    problem = Problem({**CASES[case], "noise_level": 0.0}, torch.float64, masked=True)
+    update = problem.update(path)
+    squares = [np.zeros(w.shape) for w in problem.weights]
+    expected, _, _ = problem.expected_step(update.params, squares, 0)
+    update.step(problem.steps[0], step=0, **ADDRESS)
+    # the constants are float64 as well
+    for ours, truth in zip(update.params, expected, strict=True):
+        np.testing.assert_allclose(wide(ours), truth, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_metrics_do_not_change_the_step(path: str) -> None:
+    problem = Problem(CASES["everything"], masked=True)
+    with_metrics, without = problem.update(path), problem.update(path, metrics=False)
+    problem.run(with_metrics)
+    assert problem.run(without) == [None, None]
+    for ours, theirs in zip(with_metrics.params, without.params, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_anchors_are_not_needed_for_a_plain_step(path: str) -> None:
+    problem = Problem(CASES["plain"])
+    bare = SgldUpdate([w.clone() for w in problem.weights], path=path, **PLAIN)
+    anchored = problem.update(path, metrics=False)
+    problem.run(bare)
+    problem.run(anchored)
+    for ours, theirs in zip(bare.params, anchored.params, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_parameter_without_gradient_is_left_alone(path: str) -> None:
+    """And the parameters after it keep their own noise."""
+    problem = Problem(CASES["everything"])
+    problem.steps[0][2] = None
+    update = problem.update(path)
+    squares = [np.zeros(w.shape) for w in problem.weights]
+    expected, _, metrics = problem.expected_step(update.params, squares, 0)
+    found = update.step(problem.steps[0], step=0, **ADDRESS)
+    assert torch.equal(update.params[2], problem.weights[2])
+    assert update.square_avgs is not None
+    assert not update.square_avgs[2].any()
+    for ours, truth in zip(update.params, expected, strict=True):
+        np.testing.assert_allclose(wide(ours), truth, atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(found.numpy()[:6], metrics[:6], rtol=2e-5)
+    frozen = problem.update(path)
+    assert not frozen.step([None] * len(SHAPES), step=0, **ADDRESS).any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_masked_elements_stay_bit_for_bit(path: str) -> None:
+    """Even where their gradient is NaN; their second moment is followed all the same."""
+    problem = Problem(CASES["rmsprop"], masked=True)
+    mask, gradient = problem.masks[2], problem.steps[0][2]
+    assert mask is not None
+    assert gradient is not None
+    gradient[~mask] = torch.nan
+    update = problem.update(path, metrics=False)
+    update.step(problem.steps[0], step=0, **ADDRESS)
+    assert torch.equal(update.params[2][~mask], problem.weights[2][~mask])
+    assert (update.params[2][mask] != problem.weights[2][mask]).all()
+    assert update.square_avgs is not None
+    assert torch.equal(update.square_avgs[2].isnan(), ~mask)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", ["plain", "boxed", "rmsprop"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bad_gradient_is_not_silent(path: str, bad: float, case: str, dtype: torch.dtype) -> None:
+    """NaN stays NaN; an infinite gradient moves its weight to infinity, or to the box."""
+    problem = Problem(CASES[case], dtype, shapes=[(9,)])
+    gradient = problem.steps[0][0]
+    assert gradient is not None
+    gradient[4] = bad
+    update = problem.update(path)
+    metrics = update.step(problem.steps[0], step=0, **ADDRESS)
+    moved = update.params[0]
+    if case == "boxed" and not np.isnan(bad):
+        assert abs(float(moved[4] - problem.anchors[0][4])) == pytest.approx(0.05, rel=0.1)
+    else:
+        assert not moved[4].isfinite()
+    others = torch.arange(9) != 4
+    assert moved[others].isfinite().all()
+    assert metrics is not None
+    assert not metrics[1].isfinite()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mixed_dtypes_and_strided_gradients(path: str) -> None:
+    """Each parameter takes the step it would take alone, under its own index."""
+    shapes, dtypes = [(4, 6), (5,), (3, 2)], [torch.float32, torch.bfloat16, torch.float32]
+    weights = [torch.randn(s).to(d) for s, d in zip(shapes, dtypes, strict=True)]
+    gradients = [torch.randn(s[::-1]).to(d).mT if len(s) > 1 else torch.randn(s).to(d)
+                 for s, d in zip(shapes, dtypes, strict=True)]  # fmt: skip
+    together = [w.clone() for w in weights]
+    SgldUpdate(together, param_indices=[7, 0, 9], path=path, **PLAIN).step(
+        gradients, step=3, **ADDRESS
+    )
+    for i, index in enumerate([7, 0, 9]):
+        alone = weights[i].clone()
+        SgldUpdate([alone], param_indices=[index], path=path, **PLAIN).step(
+            [gradients[i].contiguous()], step=3, **ADDRESS
+        )
+        assert torch.equal(alone, together[i])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_run_continues_from_its_weights_and_second_moments(path: str) -> None:
+    problem = Problem(CASES["everything"])
+    whole = problem.update(path)
+    problem.run(whole)
+    first = problem.update(path)
+    first.step(problem.steps[0], step=0, **ADDRESS)
+    second = problem.update(path)
+    for target, source in zip(second.params, first.params, strict=True):
+        target.copy_(source)
+    assert second.square_avgs is not None
+    assert first.square_avgs is not None
+    for target, source in zip(second.square_avgs, first.square_avgs, strict=True):
+        target.copy_(source)
+    second.step(problem.steps[1], step=1, **ADDRESS)
+    for ours, theirs in zip(second.params, whole.params, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", ["plain", "everything"])
+def test_the_number_of_threads_changes_no_bit(case: str) -> None:
+    problem = Problem(CASES[case], shapes=[(300_001,), (7,), (90_000,)])
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            update = problem.update("cpu")
+            results.append((problem.run(update), update.params))
+    finally:
+        torch.set_num_threads(threads)
+    for metrics, weights in results[1:]:
+        assert all(map(torch.equal, metrics, results[0][0]))
+        assert all(map(torch.equal, weights, results[0][1]))
+
+
+def test_a_graph_over_moved_weights_is_noticed() -> None:
+    """Writing through an address must count as an in-place change for autograd."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    loss = (weight**2).sum()
+    SgldUpdate([weight], **PLAIN).step([torch.ones(3)], step=0, **ADDRESS)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_auto_takes_the_compiled_path_on_a_cpu() -> None:
+    update = SgldUpdate([torch.zeros(3)], **PLAIN)
+    assert update.path == "cpu"
+    assert update.square_avgs is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": float("nan")}, "lr must be positive"),
+        ({"noise_level": -1.0}, "noise_level must not be negative"),
+        ({"bounding_box_size": -1.0}, "bounding_box_size must not be negative"),
+        ({"alpha": 0.9}, "alpha and eps together, got alpha=0.9, eps=None"),
+        ({"alpha": 1.5, "eps": 0.1}, "alpha must lie between 0 and 1, got 1.5"),
+        ({"alpha": 0.9, "eps": 0.0}, "eps must be positive"),
+        ({"localization": 1.0}, r"pass anchors=\[w0 of each parameter\]"),
+        ({"metrics": True}, "anchors"),
+        ({"bounding_box_size": 1.0}, "anchors"),
+        ({"params": []}, "no parameters"),
+        ({"params": [torch.zeros(3, dtype=torch.int64)]}, r"parameter 0 is torch\.int64"),
+        ({"params": [torch.zeros(4, 3).t()]}, r"strides \(1, 3\) for shape \(3, 4\)"),
+        ({"anchors": []}, "got 0 anchors for 1 parameters"),
+        ({"anchors": [torch.zeros(4)]}, r"anchor 0 is torch\.float32 \(4,\) on cpu, its param"),
+        ({"masks": [torch.zeros(3)]}, r"a mask is torch\.bool"),
+        ({"masks": [None, None]}, "got 2 masks for 1 parameters"),
+        ({"param_indices": [1, 1]}, "1 different numbers"),
+        ({"param_indices": [2**32]}, r"0 \.\. 2\*\*32 - 1"),
+        ({"path": "fast"}, "unknown kernel path"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"params": [torch.zeros(3)], **PLAIN, **changes}
+    with pytest.raises(ValueError, match=message):
+        SgldUpdate(arguments.pop("params"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "address", "message"),
+    [
+        ([torch.zeros(4)], {}, r"gradient 0 is torch\.float32 \(4,\)"),
+        ([torch.zeros(3, dtype=torch.float64)], {}, r"gradient 0 is torch\.float64"),
+        ([], {}, "got 0 gradients for 1 parameters"),
+        ([torch.zeros(3)], {"chain": 2**24}, "chain must be"),
+        ([torch.zeros(3)], {"step": -1}, "step must be"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(
+    gradients: list[Tensor], address: dict[str, int], message: str
+) -> None:
+    update = SgldUpdate([torch.zeros(3)], **PLAIN)
+    with pytest.raises(ValueError, match=message):
+        update.step(gradients, **{"seed": 0, "chain": 0, "step": 0, **address})
+
+
+def test_triton_refuses_float64() -> None:
+    with pytest.raises(ValueError, match="use path='reference'"):
+        SgldUpdate([torch.zeros(3, dtype=torch.float64)], path="triton", **PLAIN)
