@@ -87,7 +87,9 @@ def loss_traces(llc: xr.Dataset) -> Figure:
     axes.axhline(
         float(llc.init_loss), color=INK, linestyle="--", linewidth=1.2, label="at the checkpoint"
     )
-    axes.set(xlabel=llc.loss_trace.dims[1], ylabel="loss (nats per token)", xlim=(1, len(steps)))
+    axes.set(
+        xlabel=llc.loss_trace.dims[1], ylabel="loss (nats per token)", xlim=(1, max(2, len(steps)))
+    )
     axes.set_title(f"thin: each step; thick: mean of {width} steps", loc="left", fontsize=10)
     _legend_below(figure, axes)
     return figure
@@ -121,7 +123,7 @@ def running_llc(llc: xr.Dataset) -> Figure:
     axes.plot(steps, mean, color=INK, linewidth=2, label=f"mean ± std: {_plus_minus(mean, spread)}")
     axes.axhline(0, color=INK, linewidth=0.6)
     name = llc.loss_trace.dims[1]
-    axes.set(xlabel=f"{name}s averaged", ylabel="LLC estimate", xlim=(1, len(steps)))
+    axes.set(xlabel=f"{name}s averaged", ylabel="LLC estimate", xlim=(1, max(2, len(steps))))
     _legend_below(figure, axes)
     return figure
 
@@ -213,7 +215,7 @@ def _draw_positions(axes: Axes, shift: np.ndarray, colour: str) -> None:
     axes.fill_between(positions, low, high, color=colour, alpha=0.25, linewidth=0)
     axes.plot(positions, shift.mean(axis=0), color=colour, linewidth=1.6, gid="shift")
     axes.axhline(0, color=INK, linewidth=0.6)
-    axes.set(ylabel="shift (nats per token)", xlim=(1, shift.shape[1]))
+    axes.set(ylabel="shift (nats per token)", xlim=(1, max(2, shift.shape[1])))
 
 
 def _draw_histogram(axes: Axes, shift: np.ndarray, colour: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow as pa
 
 DOCUMENTS_PER_BATCH = 1000
 """Documents tokenized or cut at once; the rows do not depend on it."""
@@ -139,7 +139,7 @@ def _cut_documents(
     num_proc: int | None,
 ) -> datasets.Dataset:
     """Tokenize in parallel, then cut in one sequential pass; both steps stream through Arrow."""
-    import pyarrow.compute as pc  # type: ignore[import-untyped]
+    import pyarrow.compute as pc
     from datasets import Features, List, Value
 
     tokenized = documents.map(

@@ -1,0 +1,205 @@
+"""The command line: ``basinscope demo | sample | llc | info | doctor``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+CHAIN_FAILED = 3  # exit code of a run in which a chain failed
+
+app = typer.Typer(
+    help="Measure the loss basin around a trained model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+StorePath = Annotated[Path, typer.Argument(help="A sampling store (a .zarr directory).")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def demo(
+    directory: Annotated[
+        Path, typer.Option("--out", help="Where the model, the store and the figures go.")
+    ] = Path("basinscope-demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller: under 45 seconds.")] = False,
+) -> None:
+    """Train a small language model on Python's own sources, and measure its basin."""
+    with _readable_errors():
+        from basinscope.demo import run_demo
+
+        run_demo(directory, quick)
+
+
+@app.command()
+def sample(
+    config: Annotated[Path, typer.Argument(help="A YAML file; docs/cli.md shows one.")],
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="The store to write.")] = None,
+    chains: Annotated[
+        str | None, typer.Option(help="Only these chains, as FIRST:END (for array jobs).")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that run chains.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Draws between checkpoints of a chain.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Write a torch.profiler trace of some steps here.")
+    ] = None,
+) -> None:
+    """Sample around a model as a YAML file says. The same command continues a stopped run."""
+    overrides = {
+        "output_path": output,
+        "chains": chains,
+        "workers": workers,
+        "checkpoint_every": checkpoint_every,
+        "device": device,
+        "profile": profile,
+    }
+    with _readable_errors():
+        from basinscope.sampling.run_file import run_from_file
+        from basinscope.sampling.sample import ChainFailedWarning
+
+        given = {name: value for name, value in overrides.items() if value is not None}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            tree, path = run_from_file(config, given)
+        for warning in caught:
+            err.print(f"[yellow]warning:[/] {warning.message}", soft_wrap=True)
+        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
+        complete = tree.attrs.get("completed") == 1
+        state = "complete" if complete else "not complete yet: other chains are to be sampled"
+        out.print(f"{path} is {state}. Next: basinscope llc {path}", soft_wrap=True)
+    if failed:
+        raise typer.Exit(CHAIN_FAILED)
+
+
+@app.command()
+def llc(
+    store: StorePath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Estimate the local learning coefficient of a store, with its uncertainty."""
+    with _readable_errors(), _short_warnings():
+        from basinscope.analysis.diagnostics import chain_diagnostics
+        from basinscope.analysis.llc import compute_llc
+        from basinscope.report.tables import llc_error, llc_table
+
+        estimate = compute_llc(store).compute()
+        try:
+            diagnostics = chain_diagnostics(estimate["loss_trace"])
+        except ModuleNotFoundError as missing:
+            err.print(f"[yellow]no R-hat:[/] {missing}", soft_wrap=True)
+            diagnostics = None
+        if as_json:
+            figures = {
+                "llc_mean": float(estimate["llc_mean"]),
+                "llc_std": float(estimate["llc_std"]),
+                "llc_error": llc_error(estimate, diagnostics),
+                "llc_per_chain": estimate["llc_per_chain"].to_numpy().tolist(),
+                "init_loss": float(estimate["init_loss"]),
+                "n_beta": float(estimate["n_beta"]),
+            }
+            if diagnostics is not None:
+                figures |= {name: float(value) for name, value in diagnostics.items()}
+            print(json.dumps(figures))
+            return
+        out.print(llc_table(estimate, diagnostics))
+        if diagnostics is not None:
+            out.print(
+                f"\nR-hat {float(diagnostics['rhat']):.3f}, effective sample size "
+                f"{float(diagnostics['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
+                "± is the Monte-Carlo standard error; trust it once R-hat is below 1.01."
+            )
+
+
+@app.command()
+def info(store: StorePath) -> None:
+    """Show what a store holds, how large it is, and how far each chain is."""
+    with _readable_errors(), _short_warnings():
+        from basinscope.io.store import SampleStore, open_store
+        from basinscope.report.tables import arrays_table, chains_table, phases_table
+
+        tree = open_store(store)
+        attributes = tree.attrs
+        out.print(f"[bold]{store}[/]  {attributes.get('created_by', 'written by devinterp')}")
+        config = attributes.get("metadata", {}).get("config", {})
+        model = config.get("model")
+        if model:
+            out.print(f"model: {model['class']}, {model['parameters']:,} parameters")
+        settings = config.get("sampler", {})
+        shown = ("lr", "n_beta", "localization", "num_chains", "num_draws", "batch_size")
+        out.print("  ".join(f"{name}={settings[name]}" for name in shown if name in settings))
+        out.print()
+        out.print(arrays_table(store))
+        if "chains" in tree.children:
+            samples = SampleStore(store)
+            records = samples.records()
+            running = {chain for chain in records if samples.is_locked(chain)}
+            out.print()
+            out.print(chains_table(records, running))
+            seconds: dict[str, float] = {}
+            for record in records.values():
+                for phase, spent in record["seconds"].items():
+                    seconds[phase] = seconds.get(phase, 0.0) + spent
+            if seconds:
+                out.print()
+                out.print(phases_table(seconds))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, and which kernel path each would use."""
+    with _readable_errors():
+        from basinscope.report.doctor import report
+
+        report(out)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Say in one paragraph what is wrong with the input; keep tracebacks for everything else."""
+    if os.environ.get("BASINSCOPE_TRACEBACK"):
+        yield
+        return
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        err.print("[dim]BASINSCOPE_TRACEBACK=1 shows where this was raised.[/]")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        err.print("stopped; the same command continues")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Print warnings without the line of code that raised them."""
+
+    def show(message: object, *_: object, **__: object) -> None:
+        err.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

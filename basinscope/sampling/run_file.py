@@ -1,0 +1,181 @@
+"""A run described in a YAML file, for the command line and for batch jobs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+SECTIONS = {
+    "model": "a Hugging Face model: a directory or a name",
+    "dtype": "float32 (default), bfloat16 or float16",
+    "dataset": "what chains are trained on: a path, or a mapping with 'path'",
+    "observables": "a mapping of name to a path, or to a mapping with 'path'",
+    "sampler": "arguments of basinscope.sample: lr, n_beta, num_chains, ...",
+    "output": "the store to write",
+}
+DATA_KEYS = {"path", "column", "max_length", "add_bos_token", "batches_per_draw"}
+NOT_IN_FILE = {"model", "dataset", "observables", "loss_fn", "param_masks", "output_path"}
+
+
+def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree, Path]:
+    """Sample as a YAML file says.
+
+    Parameters
+    ----------
+    path : Path
+        The file; its relative paths count from its own directory.
+    overrides : mapping
+        Arguments of :func:`basinscope.sample` that replace the file's; ``chains`` may be
+        a text ``"FIRST:END"``.
+
+    Returns
+    -------
+    tree, store : xr.DataTree, Path
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Naming the key that is missing, unknown or wrong.
+    """
+    plan = _read(path)
+    arguments = dict(plan.get("sampler") or {})
+    known = set(inspect.signature(_sample()).parameters) - NOT_IN_FILE
+    _refuse_unknown(path, "sampler", arguments, known)
+    arguments |= overrides
+    if "output_path" not in arguments:
+        if "output" not in plan:
+            raise ValueError(
+                f"{path}: say where the store goes: output: runs/samples.zarr, or --out"
+            )
+        arguments["output_path"] = path.parent / plan["output"]
+    if isinstance(arguments.get("chains"), str):
+        arguments["chains"] = parse_chains(arguments["chains"])
+    for required in ("lr", "n_beta"):
+        if required not in arguments:
+            raise ValueError(f"{path}: sampler needs {required}")
+
+    model, tokenizer = _load_model(_located(path, plan["model"]), plan.get("dtype", "float32"))
+    dataset, _ = _load_data(path, "dataset", plan["dataset"], tokenizer)
+    observables = {
+        name: _load_data(path, f"observables.{name}", given, tokenizer)
+        for name, given in (plan.get("observables") or {}).items()
+    }
+    tree = _sample()(
+        model,
+        dataset,
+        {n: (data, batches) if batches else data for n, (data, batches) in observables.items()},
+        **arguments,
+    )
+    return tree, Path(arguments["output_path"])
+
+
+def parse_chains(text: str) -> list[int]:
+    """Read ``"FIRST:END"`` (END not included) or a single number.
+
+    Examples
+    --------
+    >>> parse_chains("0:3"), parse_chains("5")
+    ([0, 1, 2], [5])
+    """
+    first, _, end = text.partition(":")
+    try:
+        return list(range(int(first), int(end))) if end else [int(first)]
+    except ValueError as error:
+        raise ValueError(f"chains must be FIRST:END, like 0:4; got {text!r}") from error
+
+
+def _sample() -> Any:
+    from basinscope.sampling.sample import sample
+
+    return sample
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    wanted = "\n".join(f"  {name}: {meaning}" for name, meaning in SECTIONS.items())
+    if not isinstance(plan, dict):
+        raise ValueError(f"{path} must hold a mapping with\n{wanted}")
+    _refuse_unknown(path, "the file", plan, set(SECTIONS))
+    missing = [name for name in ("model", "dataset", "sampler") if name not in plan]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}. It takes\n{wanted}")
+    return plan
+
+
+def _refuse_unknown(path: Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(
+            f"{path}: {where} has unknown {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+        )
+
+
+def _located(config: Path, name: str) -> str:
+    """A path next to the configuration, or a name for the hub."""
+    local = config.parent / name
+    return str(local) if local.exists() else name
+
+
+def _load_model(name: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype must be one of {', '.join(kinds)}; got {dtype!r}")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype]), name
+
+
+def _load_data(config: Path, where: str, given: Any, tokenizer_name: str) -> tuple[Any, int | None]:
+    """Load token ids, or text that the model's tokenizer turns into them."""
+    import datasets
+
+    options = {"path": given} if isinstance(given, str) else dict(given)
+    _refuse_unknown(config, where, options, DATA_KEYS)
+    if "path" not in options:
+        raise ValueError(f"{config}: {where} needs a path")
+    path = config.parent / options["path"]
+    kinds = {
+        ".parquet": "parquet",
+        ".jsonl": "json",
+        ".json": "json",
+        ".csv": "csv",
+        ".txt": "text",
+    }
+    if path.is_dir():
+        dataset = datasets.load_from_disk(str(path))
+    elif path.suffix in kinds and path.is_file():
+        loader = kinds[path.suffix]
+        extra = {"sample_by": "document"} if loader == "text" else {}
+        dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+    else:
+        raise FileNotFoundError(
+            f"{config}: {where}.path={str(path)!r} must be a directory of Dataset.save_to_disk, or "
+            f"a file ending in {', '.join(kinds)}"
+        )
+    if "input_ids" not in dataset.column_names:
+        from transformers import AutoTokenizer
+
+        from basinscope.sampling.tokenize import tokenize_and_concatenate
+
+        if "max_length" not in options:
+            raise ValueError(f"{config}: {where} is text, so it needs max_length (tokens per row)")
+        dataset = tokenize_and_concatenate(
+            dataset,
+            AutoTokenizer.from_pretrained(tokenizer_name),
+            max_length=options["max_length"],
+            column_name=options.get("column", "text"),
+            add_bos_token=options.get("add_bos_token", True),
+        )
+    return dataset, options.get("batches_per_draw")
