@@ -10,6 +10,7 @@ import ast
 import inspect
 import json
 import math
+import os
 import platform
 import sysconfig
 import time
@@ -111,6 +112,8 @@ def run_demo(out: Path, quick: bool) -> None:
 
     from basinscope.report.figures import save_figures
 
+    # before torch loads: waiting threads sleep, so that other work on the machine costs little
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console, started = Console(), time.perf_counter()
     scale, out = QUICK if quick else FULL, Path(out)
     console.print("\n[bold]Basinscope demo[/]: how sharp is the basin that training found?")
@@ -483,7 +486,7 @@ def train_model(
         batch = rows[order.integers(len(rows), size=scale.train_batch_size)]
         loss = _losses(model, batch).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -515,4 +518,4 @@ def _losses(model: torch.nn.Module, rows: np.ndarray) -> torch.Tensor:
 
 
 def _as_array(dataset: datasets.Dataset) -> np.ndarray:
-    return np.asarray(dataset.with_format("numpy")[:]["input_ids"])
+    return np.asarray(dataset.with_format("numpy")[:]["input_ids"], dtype=np.uint8)

@@ -25,6 +25,7 @@ import zarr
 
 import basinscope
 from basinscope.io import codecs
+from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
@@ -245,6 +246,10 @@ class SampleStore:
         records = self.records()
         if any(record["state"] not in (DONE, FAILED) for record in records.values()):
             return False
+        for chain in records:  # a process killed right after its record may have left some
+            remove_checkpoints(self.path, chain)
+        for name in ("chains", *self.arrays):
+            _remove_partial_files(self.path / name)
         seconds: dict[str, float] = {}
         for record in records.values():
             for phase, spent in record["seconds"].items():
@@ -263,10 +268,13 @@ class SampleStore:
         """Delete temporary files that a killed writer of this chain left behind."""
         for name, array in self.arrays.items():
             if array.ndim and array.metadata.dimension_names[0] == "chain":  # type: ignore[union-attr,index]
-                for litter in (self.path / name / "c" / str(chain)).rglob("*.partial"):
-                    litter.unlink(missing_ok=True)
-        for litter in (self.path / "chains" / str(chain)).rglob("*.partial"):
-            litter.unlink(missing_ok=True)
+                _remove_partial_files(self.path / name / "c" / str(chain))
+        _remove_partial_files(self.path / "chains" / str(chain))
+
+
+def _remove_partial_files(directory: Path) -> None:
+    for litter in directory.rglob("*.partial"):
+        litter.unlink(missing_ok=True)
 
 
 def _create_array(

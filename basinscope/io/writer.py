@@ -70,9 +70,9 @@ class BackgroundWriter:
                 lambda: self._error or not self._waiting or self._waiting < self.pending_bytes
             )
             self._waiting += values.nbytes
-        self.stall_seconds += time.perf_counter() - start
+            self.bytes_taken += values.nbytes
+            self.stall_seconds += time.perf_counter() - start
         self.check()
-        self.bytes_taken += values.nbytes
         self._jobs.put((values.nbytes, lambda: self._write(name, region, values)))
 
     def then(self, action: Callable[[], None]) -> None:
@@ -96,7 +96,7 @@ class BackgroundWriter:
         start = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._error or not self._waiting)
-        self.stall_seconds += time.perf_counter() - start
+            self.stall_seconds += time.perf_counter() - start
         self.check()
 
     def close(self) -> None:

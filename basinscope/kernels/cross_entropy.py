@@ -46,7 +46,7 @@ def token_cross_entropy(logits: Tensor, targets: Tensor, *, path: str = "auto") 
     rows = _as_rows(logits)
     flat = targets.reshape(-1).to(torch.int64)
     if torch.is_grad_enabled() and logits.requires_grad:
-        loss: Tensor = _TokenCrossEntropy.apply(rows, flat, kernels)  # type: ignore[no-untyped-call]
+        loss: Tensor = _TokenCrossEntropy.apply(rows, flat, kernels)
     else:
         loss, _ = kernels.forward(rows.detach(), flat)
     return loss.view(targets.shape)

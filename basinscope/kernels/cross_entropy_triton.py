@@ -17,7 +17,7 @@ def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if loss.numel():
         _, inner, vocabulary = rows.shape
         outer_stride, inner_stride, _ = rows.stride()
-        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(rows):
             loss_kernel[(loss.numel(),)](
                 rows, outer_stride, inner_stride, inner, vocabulary, targets, loss, lse,
                 **_shape_of_program(vocabulary),
@@ -31,7 +31,7 @@ def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Te
     if lse.numel():
         _, inner, vocabulary = rows.shape
         outer_stride, inner_stride, _ = rows.stride()
-        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+        with torch.cuda.device_of(rows):
             gradient_kernel[(lse.numel(),)](
                 rows, outer_stride, inner_stride, inner, vocabulary, targets, lse, upstream,
                 gradient, **_shape_of_program(vocabulary),

@@ -24,7 +24,7 @@ def fill(flat: Tensor, key: tuple[int, int], param_index: int, step: int, chain:
     """Fill a contiguous float32 vector; `chain` carries the stream in its top byte."""
     words = [as_int32(word) for word in (*key, param_index, step, chain)]
     grid = (triton.cdiv(flat.numel(), BLOCK),)
-    with torch.cuda.device_of(flat):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(flat):
         fill_kernel[grid](flat, flat.numel(), *words, BLOCK=BLOCK)
 
 

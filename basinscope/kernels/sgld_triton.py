@@ -75,7 +75,7 @@ class TritonPass:
         sums = torch.zeros((rows, 9), dtype=torch.float32, device=self._device)
         if programs:
             words = [as_int32(word) for word in (*key_of(seed), step, chain)]
-            with torch.cuda.device_of(self._blocks):  # type: ignore[no-untyped-call]
+            with torch.cuda.device_of(self._blocks):
                 langevin_kernel[(programs,)](
                     self._table,
                     len(gradients),

@@ -7,8 +7,10 @@ another, in worker processes or as array jobs, and be resumed.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from basinscope.io.writer import BackgroundWriter, RowBuffer
 from basinscope.kernels.noise import INIT, fill_normal
 from basinscope.kernels.sgld import SgldUpdate
 from basinscope.models.forward import to_device
-from basinscope.sampling.interrupt import StopRequest
+from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
@@ -60,23 +62,27 @@ def run_chains(
     checkpoint_every: int | None,
     stop: StopRequest,
     report: Callable[[Progress], None],
+    at_once: int = 1,
     profile: Path | None = None,
     profile_steps: tuple[int, int] = (5, 15),
 ) -> None:
-    """Run chains one after another in this process.
+    """Run chains in this process.
 
     Parameters
     ----------
     model : nn.Module
         A :func:`working_copy` of the job's model; it moves.
+    at_once : int
+        Chains that run side by side, each in a thread of its own with a copy of the model and
+        its share of torch's threads.
     """
-    if not chains:
-        return
     writer = BackgroundWriter(store.path, store.arrays)
-    try:
+    waiting = deque(chains)
+
+    def work(copy_of_model: nn.Module) -> None:
         runner = ChainRunner(
             job,
-            model,
+            copy_of_model,
             store,
             writer,
             checkpoint_every=checkpoint_every,
@@ -85,11 +91,43 @@ def run_chains(
             profile=profile,
             profile_steps=profile_steps,
         )
-        for chain in chains:
-            runner.run(chain)
+        while waiting:
+            with suppress(IndexError):
+                runner.run(waiting.popleft())
+
+    try:
+        if at_once == 1:
+            work(model)
+        else:
+            _side_by_side(work, [model, *(working_copy(job) for _ in range(at_once - 1))], stop)
         writer.drain()
     finally:
         writer.close()
+
+
+def _side_by_side(
+    work: Callable[[nn.Module], None], models: list[nn.Module], stop: StopRequest
+) -> None:
+    """Run ``work`` on each model in a thread; the first error stops them all and is raised."""
+    threads = torch.get_num_threads()
+
+    def alone(model: nn.Module) -> None:
+        torch.set_num_threads(max(1, threads // len(models)))
+        try:
+            work(model)
+        except BaseException:
+            stop.failed = True
+            raise
+
+    try:
+        with ThreadPoolExecutor(len(models), "basinscope-chain") as pool:
+            running = [pool.submit(alone, model) for model in models]
+        errors = [future.exception() for future in running]
+        first = [e for e in errors if e and not isinstance(e, SiblingFailedError)]
+        if first:
+            raise first[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
 class ChainRunner:
@@ -133,8 +171,6 @@ class ChainRunner:
         parameters = dict(self.model.named_parameters())
         anchors = {name: p.detach() for name, p in job.model.named_parameters()}
         order = {name: index for index, name in enumerate(parameters)}
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(name in job.masks)
         self.parameters = [parameters[name] for name in job.masks]
         self.anchors = [anchors[name].to(job.device).contiguous() for name in job.masks]
         self.masks = [None if m is None else m.to(job.device) for m in job.masks.values()]
@@ -192,7 +228,7 @@ class ChainRunner:
             final: dict[str, Any] = {"state": chain_state.DONE}
             steps = self.job.config.num_steps
             try:
-                with torch.random.fork_rng(devices=_cuda_devices(self.job.device)):
+                with torch.random.fork_rng(devices=cuda_devices(self.job.device)):
                     self._seed_dropout(chain, saved)
                     self._steps(chain, first)
             except NonFiniteLossError as failure:
@@ -237,7 +273,7 @@ class ChainRunner:
         rows = self.job.step_rows(chain)
         seed = config.init_seed + chain
         for step in range(first, config.num_steps):
-            if self.stop.signal is not None:
+            if self.stop.asked:
                 if self.checkpoint_every is not None:
                     self._checkpoint(chain, step)
                 self.stop.raise_if_asked()
@@ -378,7 +414,7 @@ class ChainRunner:
 
 
 def working_copy(job: SamplingJob) -> nn.Module:
-    """Copy the caller's model to the job's device, without its gradients."""
+    """Copy the caller's model to the job's device; only what moves requires a gradient."""
     try:
         model = copy.deepcopy(job.model)
     except Exception as error:
@@ -387,9 +423,10 @@ def working_copy(job: SamplingJob) -> nn.Module:
             "that your model stays as it is: detach tensors that the model keeps, or remove hooks"
         ) from error
     model = to_device(model, job.device)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         parameter.grad = None
         parameter.data = parameter.data.contiguous()
+        parameter.requires_grad_(name in job.masks)
     return model.train(job.config.train_mode)
 
 
@@ -430,5 +467,6 @@ def _unpack(packed: np.ndarray, tensors: list[Tensor]) -> None:
         start += size
 
 
-def _cuda_devices(device: torch.device) -> list[int]:
+def cuda_devices(device: torch.device) -> list[int]:
+    """Give the GPU whose generator a run on ``device`` uses, for ``torch.random.fork_rng``."""
     return [device.index or 0] if device.type == "cuda" else []

@@ -34,6 +34,10 @@ def _not_negative(value: Any) -> str | None:
     return None if good and math.isfinite(value) and value >= 0 else "a finite number, 0 or more"
 
 
+def _positive(value: Any) -> str | None:
+    return "a finite number above 0" if _not_negative(value) or value == 0 else None
+
+
 def _optional(check: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
     def check_or_none(value: Any) -> str | None:
         wanted = None if value is None else check(value)
@@ -66,7 +70,7 @@ class SamplerConfig:
         Naming the field, what was got and what is valid.
     """
 
-    lr: float = _setting(REQUIRED, _not_negative, "step size ε")
+    lr: float = _setting(REQUIRED, _positive, "step size ε")
     n_beta: float = _setting(REQUIRED, _not_negative, "inverse temperature nβ")
     num_chains: int = _setting(4, _whole(1), "independent chains")
     num_draws: int = _setting(200, _whole(1), "draws per chain")
@@ -162,7 +166,7 @@ class SamplerConfig:
         settings = {**RMSPROP_DEFAULTS, **given}
         if _not_negative(settings["alpha"]) or settings["alpha"] > 1:
             raise ValueError(f"rmsprop's alpha must be from 0 to 1; got {settings['alpha']!r}")
-        if _not_negative(settings["eps"]) or settings["eps"] == 0:
+        if _positive(settings["eps"]):
             raise ValueError(f"rmsprop's eps must be a number above 0; got {settings['eps']!r}")
         return {name: float(value) for name, value in settings.items()}
 
@@ -188,11 +192,11 @@ def merge_rmsprop_aliases(
                 f"rmsprop_{name}={value!r} was given with sampling_method={sampling_method!r}; "
                 "it belongs to sampling_method='rmsprop_sgld'"
             )
-        if name in (sampling_method_kwargs or {}):
+        if isinstance(sampling_method_kwargs, dict) and name in sampling_method_kwargs:
             raise ValueError(
                 f"rmsprop_{name}={value!r} and sampling_method_kwargs[{name!r}] were both given; "
                 "give one of them"
             )
-    if not given:
+    if not given or _mapping(sampling_method_kwargs):  # SamplerConfig refuses what is no dict
         return sampling_method_kwargs
     return {**(sampling_method_kwargs or {}), **given}

@@ -138,5 +138,5 @@ def cycled(batches: np.ndarray, count: int) -> np.ndarray:
 
 
 def observable_rows(num_rows: int, count: int, seed: int) -> list[int]:
-    """Choose an observable's rows: the same for every draw, and a prefix of any larger choice."""
+    """Choose an observable's rows, the same for every draw."""
     return random.Random(seed).sample(range(num_rows), count)

@@ -27,12 +27,14 @@ def init_losses(
     """
     noise = job.config.init_noise
     if job.config.match_sampling_input_ids_across_chains and not noise and chains:
+        torch.manual_seed(job.config.init_seed)  # only dropout uses torch's own generators
         shared = _mean_loss(job, model, chains[0], stop)
         return {chain: shared for chain in chains}
     losses = {}
     for chain in chains:
         if noise:
             _perturb_all(job, model, chain, noise)
+        torch.manual_seed(job.config.init_seed + chain)
         losses[chain] = _mean_loss(job, model, chain, stop)
         if noise:
             _restore(job, model)

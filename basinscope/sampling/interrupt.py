@@ -10,14 +10,33 @@ from types import FrameType
 from typing import Any
 
 
+class SiblingFailedError(RuntimeError):
+    """Another chain of this process raised an error; this one stops too."""
+
+
 class StopRequest:
-    """Whether somebody asked this run to stop, and how."""
+    """Whether this run should stop, and why.
+
+    Attributes
+    ----------
+    signal : int or None
+        The signal that asked for it.
+    failed : bool
+        Whether a chain that runs beside this one raised an error.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.failed = False
+
+    @property
+    def asked(self) -> bool:
+        return self.signal is not None or self.failed
 
     def raise_if_asked(self) -> None:
         """Raise KeyboardInterrupt after SIGINT, SystemExit(143) after SIGTERM."""
+        if self.failed:
+            raise SiblingFailedError("a chain beside this one raised an error")
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is not None:

@@ -73,6 +73,11 @@ def read_observables(
         if not isinstance(name, str) or not name:
             raise TypeError(f"an observable's name must be a non-empty string; got {name!r}")
         label = f"observable {name!r}"
+        if isinstance(given, tuple) and len(given) != 2:
+            raise ValueError(
+                f"{label} must be a data set or (data set, batches_per_draw); "
+                f"got a tuple of {len(given)}"
+            )
         dataset, batches = given if isinstance(given, tuple) else (given, batches_per_draw)
         if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
             raise ValueError(

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +26,7 @@ from basinscope.io.store import (
     require_same_settings,
 )
 from basinscope.io.writer import BackgroundWriter
-from basinscope.sampling.chain import run_chains, working_copy
+from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.init_loss import init_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("basinscope")
 
+COPIES_BYTES = 256 * 2**20  # largest model that several chains get copies of by themselves
 TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
 
 
@@ -82,6 +83,7 @@ def sample(
     train_mode: bool = False,
     save_sampling_input_ids: bool = False,
     loss_keep_bits: int | None = None,
+    chains_at_once: int | None = None,
     workers: int = 1,
     chains: Sequence[int] | None = None,
     checkpoint_every: int | None = None,
@@ -152,8 +154,12 @@ def sample(
     loss_keep_bits : int, optional
         Round stored losses to this many mantissa bits (relative error at most
         ``2 ** -(bits + 1)``). Default: lossless.
+    chains_at_once : int, optional
+        Chains that run side by side in threads of this process, each with a copy of the model
+        and its share of torch's threads. Default: on a CPU as many as there are threads, if the
+        copies are small and the loss is the model's own; else 1.
     workers : int
-        Processes that share the machine's threads and run chains side by side.
+        Worker processes that share the machine's threads and run chains side by side.
     chains : sequence of int, optional
         Run only these chains of the store (for array jobs). Default: all.
     checkpoint_every : int, optional
@@ -215,6 +221,8 @@ def sample(
         loss_keep_bits=loss_keep_bits,
     )
     _check_count("workers", workers)
+    if chains_at_once is not None:
+        _check_count("chains_at_once", chains_at_once)
     if checkpoint_every is not None:
         _check_count("checkpoint_every", checkpoint_every)
     asked = _check_chains(chains, config.num_chains)
@@ -247,7 +255,7 @@ def sample(
             return open_store(path)
 
     working = working_copy(job)
-    with stop_on_signals() as stop, torch.random.fork_rng(devices=[]):
+    with stop_on_signals() as stop, torch.random.fork_rng(devices=cuda_devices(job.device)):
         _check_loss(job, working)
         if is_store(path):
             store = SampleStore(path)
@@ -279,6 +287,7 @@ def sample(
                     checkpoint_every=checkpoint_every,
                     stop=stop,
                     report=report,
+                    at_once=min(len(todo), chains_at_once or _usual_chains_at_once(job, profile)),
                     profile=None if profile is None else Path(profile),
                     profile_steps=profile_steps,
                 )
@@ -287,18 +296,32 @@ def sample(
     return open_store(path)
 
 
+def _usual_chains_at_once(job: SamplingJob, profile: Any) -> int:
+    """Give how many chains a CPU should run side by side.
+
+    One thread per chain beats many threads per operation: nothing waits. Dropout draws from
+    torch's one generator, and a caller's loss may keep state, so those run alone.
+    """
+    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    alone = job.device.type != "cpu" or job.loss_fn is not None or job.config.train_mode
+    if alone or profile is not None or size > COPIES_BYTES:
+        return 1
+    return torch.get_num_threads()
+
+
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
 
 
 def _check_chains(chains: Sequence[int] | None, num_chains: int) -> set[int]:
-    asked = set(range(num_chains) if chains is None else chains)
-    strange = sorted(asked - set(range(num_chains)), key=str)
-    if strange or not asked:
+    if chains is None:
+        return set(range(num_chains))
+    asked = set(chains) if isinstance(chains, Iterable) else set()
+    if not asked or asked - set(range(num_chains)):
         raise ValueError(
             f"chains must name some of 0 to {num_chains - 1} (num_chains={num_chains}); "
-            f"got {sorted(asked, key=str)}"
+            f"got {chains!r}"
         )
     return asked
 
