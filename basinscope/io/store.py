@@ -281,13 +281,16 @@ def _create_array(
     root: zarr.Group, name: str, spec: ArraySpec, keep_bits: int | None
 ) -> zarr.Array:
     item_bytes = np.dtype(spec.dtype).itemsize
+    filters = None
+    if spec.layout != "plain":
+        filters = codecs.loss_filters(len(spec.shape), spec.layout == "draw_last", keep_bits)
     return root.create_array(
         name,
         shape=spec.shape,
         dtype=spec.dtype,
         chunks=spec.chunks,
         shards=spec.shards,
-        filters=codecs.loss_filters(len(spec.shape), keep_bits) if spec.draw_last else None,
+        filters=filters,
         compressors=codecs.compressors(item_bytes),
         fill_value=np.nan if spec.dtype.startswith("float") else 0,
         dimension_names=spec.dims,

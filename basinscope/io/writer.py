@@ -20,6 +20,10 @@ class StoreWriteError(RuntimeError):
     """The store could not be written; the cause is chained."""
 
 
+_Job = tuple[int, Callable[[], None], Callable[[], None] | None]
+"""Bytes, what to do, and what to do instead after an error."""
+
+
 class BackgroundWriter:
     """A bounded queue in front of one writing thread.
 
@@ -52,7 +56,7 @@ class BackgroundWriter:
         self._waiting = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="basinscope-writer", daemon=True)
         self._thread.start()
 
@@ -73,13 +77,16 @@ class BackgroundWriter:
             self.bytes_taken += values.nbytes
             self.stall_seconds += time.perf_counter() - start
         self.check()
-        self._jobs.put((values.nbytes, lambda: self._write(name, region, values)))
+        self._jobs.put((values.nbytes, lambda: self._write(name, region, values), None))
 
-    def then(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on the writing thread once everything handed over so far is on disk."""
+    def then(self, action: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+        """Run ``action`` on the writing thread once everything handed over so far is on disk.
+
+        If a write failed before that, ``otherwise`` runs instead.
+        """
         with self._changed:
             self._waiting += 1
-        self._jobs.put((1, action))
+        self._jobs.put((1, action, otherwise))
 
     def check(self) -> None:
         """Raise the error of an earlier write, if there was one."""
@@ -106,12 +113,14 @@ class BackgroundWriter:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            waiting, work = job
+            waiting, work, otherwise = job
             try:
                 if self._error is None:
                     work()
+                elif otherwise is not None:
+                    otherwise()
             except BaseException as error:
-                self._error = error
+                self._error = self._error or error
             finally:
                 with self._changed:
                     self._waiting -= waiting

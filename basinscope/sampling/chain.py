@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,9 +91,12 @@ def run_chains(
             profile=profile,
             profile_steps=profile_steps,
         )
-        while waiting:
-            with suppress(IndexError):
-                runner.run(waiting.popleft())
+        while True:
+            try:
+                chain = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            runner.run(chain)
 
     try:
         if at_once == 1:
@@ -253,7 +256,8 @@ class ChainRunner:
                 "finished_at": now(),
                 "seconds": {**record["seconds"], **{p: round(s, 6) for p, s in spent.items()}},
             }
-            self.writer.then(partial(self._close, chain, final, held.pop_all()))
+            lock = held.pop_all()
+            self.writer.then(partial(self._close, chain, final, lock), otherwise=lock.close)
 
     def _close(self, chain: int, final: dict[str, Any], held: ExitStack) -> None:
         """Record how a chain ended, and let it go."""

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+import zarr
 from torch import Tensor, nn
 
 from basinscope.io.store import DONE, PENDING, RUNNING, ChainLockedError, SampleStore, open_store
+from basinscope.io.writer import StoreWriteError
 from basinscope.sampling import chain as chain_module
 from basinscope.sampling.job import next_token_loss
 from basinscope.sampling.sample import sample
@@ -209,6 +211,34 @@ def test_checkpoints_that_a_kill_left_behind_go_when_the_store_is_complete(
     assert list((tmp_path / "s.zarr").glob("chains/0/checkpoint_*"))
     run(tmp_path / "s.zarr", checkpoint_every=3)
     assert_tidy(tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize("checkpoint_every", [3, None])
+def test_the_record_never_claims_what_is_not_on_disk(
+    checkpoint_every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = zarr.Array.__setitem__
+
+    def slow_then_full(array: zarr.Array, region: Any, values: Any) -> None:
+        if array.path == "loss_first":
+            time.sleep(0.05)  # the chain is far ahead of its writes
+            if region[0] == 1 and region[1].stop > 5:
+                raise OSError("no space")
+        write(array, region, values)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", slow_then_full)
+    with pytest.raises(StoreWriteError, match="no space"):
+        run(tmp_path / "s.zarr", checkpoint_every=checkpoint_every)
+    monkeypatch.undo()
+    store = SampleStore(tmp_path / "s.zarr")
+    record = store.record(1)
+    assert not any(store.is_locked(chain) for chain in range(3))
+    assert store.record(0)["state"] == DONE
+    assert record["state"] == RUNNING
+    assert record["draws_written"] == (3 if checkpoint_every else 0)
+    assert np.isfinite(store.arrays["loss_first"][1, : record["draws_written"]]).all()
+    continued = run(tmp_path / "s.zarr", checkpoint_every=checkpoint_every)
+    assert_equal(continued, run(tmp_path / "whole.zarr"))
 
 
 def test_interrupted_workers_keep_their_checkpoints(tmp_path: Path) -> None:

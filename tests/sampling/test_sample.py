@@ -95,6 +95,22 @@ def test_the_caller_s_model_is_untouched(ending: str, method: str, tmp_path: Pat
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("error", [IndexError, StopIteration, MemoryError])
+def test_an_error_of_the_loss_is_raised_whatever_its_kind(
+    error: type[Exception], tmp_path: Path
+) -> None:
+    spy = WeightSpy()
+
+    def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
+        if len(spy.seen) > 10:
+            raise error("from the loss")
+        return spy(model, ids)
+
+    with pytest.raises(error, match="from the loss"):
+        run(tmp_path, loss_fn=loss_fn)
+    assert SampleStore(tmp_path / "s.zarr").unfinished() == [0, 1]
+
+
 def test_other_generators_are_untouched(tmp_path: Path) -> None:
     import random
 
@@ -239,6 +255,18 @@ class Doubled(RawModel):
         return 2 * super().forward(input_ids)
 
 
+class CountingModel(RawModel):
+    """Its logits depend on how often it ran, which a buffer counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.forwards += 1
+        return super().forward(input_ids) * (1 + 0.01 * self.forwards)
+
+
 def test_workers_give_the_same_bits(tmp_path: Path) -> None:
     torch.manual_seed(4)
     model = Doubled(dropout=0.2)
@@ -272,6 +300,15 @@ def test_a_chain_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
     few = run(tmp_path / "few", num_chains=1, train_mode=True)
     many = run(tmp_path / "many", num_chains=3, train_mode=True)
     np.testing.assert_array_equal(few.loss_first[0], many.loss_first[0])
+
+
+def test_buffers_start_every_chain_as_they_are_in_the_checkpoint(tmp_path: Path) -> None:
+    model = CountingModel()
+    many = run(tmp_path / "many", model, num_chains=3)
+    with pytest.warns(UserWarning, match="was not started"):
+        last = run(tmp_path / "last", model, num_chains=3, chains=[2])
+    np.testing.assert_array_equal(many.loss_first[2], last.loss_first[2])
+    assert int(model.forwards) == 0
 
 
 def test_chains_differ_by_their_noise_and_repeat_by_their_seed(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""The benchmarks run, at their smallest size, and the harness computes what it says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness, sampling, store
+
+
+@pytest.mark.peer
+def test_sampling_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sampling.jsonl"
+    command = ["sampling", "--toy", "--rounds", "1", "--no-memory", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    sampling.main()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["metrics"] for line in lines] == [False, True]
+    for line in lines:
+        assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
+        assert line["versions"]["devinterp"] == "2.0.1"
+
+
+@pytest.mark.peer
+def test_stores_are_smaller_than_the_peers() -> None:
+    figures = store.measure(store.TOY, draws=50)
+    assert figures["losses_ratio"] <= 0.88
+    assert figures["ids_ratio"] <= 0.1
+    assert figures["stall_share"] <= 0.02
+
+
+def test_paired_reports_peer_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0, 30.0, 38.0, 40.0, 41.0, 50.0, 55.0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
+    figures = harness.paired(lambda: None, lambda: None, rounds=3, warmup=False)
+    assert figures["ratio"] == 4.0  # of 3/1, 8/2 and 5/1
+    assert figures["ratio_range"] == [3.0, 5.0]
+    assert (figures["ours_s"], figures["peer_s"]) == (1.0, 5.0)
+
+
+def test_peak_memory_sees_what_a_process_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hungry.py").write_text("block = bytearray(300 * 2**20)\n")
+    (tmp_path / "modest.py").write_text("block = bytearray(2**20)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    extra = harness.peak_memory("hungry") - harness.peak_memory("modest")
+    assert 280 * 2**20 < extra < 320 * 2**20
