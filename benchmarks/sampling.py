@@ -32,7 +32,7 @@ SIZES: dict[str, dict[str, int]] = {
     "27M": {"hidden": 512, "layers": 6, "heads": 8, "vocab": 8192, "tokens": 128, "batch": 8},
 }
 # chains and draws: as many steps as a call of some tens of seconds has room for
-RUNS = {"toy": (1, 2), "42k": (4, 200), "1M": (4, 25), "27M": (2, 6)}
+RUNS = {"toy": (1, 2), "42k": (4, 200), "1M": (4, 25), "27M": (2, 4)}
 INIT_BATCHES_PER_DRAW = 32 / 200
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
 
-OBSERVABLE_TOKENS = 4096  # tokens that one forward without gradients takes at a time
+OBSERVABLE_TOKENS = 2048  # tokens that one forward without gradients takes at a time
 
 
 @dataclass(frozen=True)

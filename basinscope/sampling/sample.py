@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("basinscope")
 
-COPIES_BYTES = 256 * 2**20  # largest model that several chains get copies of by themselves
+COPIES_BYTES = 64 * 2**20  # largest model that several chains get copies of by themselves
 TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
 
 
