@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +116,7 @@ def llc(
                 "n_beta": float(estimate["n_beta"]),
             }
             if diagnostics is not None:
-                figures |= {name: float(value) for name, value in diagnostics.items()}
+                figures |= {str(name): float(value) for name, value in diagnostics.items()}
             print(json.dumps(figures))
             return
         out.print(llc_table(estimate, diagnostics))
@@ -202,4 +201,4 @@ def _short_warnings() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     import torch
     import xarray as xr
     from rich.console import Console
-    from rich.table import Table
 
     Corpus = dict[str, datasets.Dataset]
 
@@ -285,11 +284,12 @@ def _report(
 ) -> None:
     import basinscope
     from basinscope.analysis.diagnostics import chain_diagnostics
+    from basinscope.report.tables import llc_table
 
     llc = basinscope.compute_llc(tree).compute()
     settled = llc.loss_trace.isel(step=slice(scale.num_burnin_steps, None))
     diagnostics = chain_diagnostics(settled)
-    console.print(_llc_table(llc, diagnostics, scale.n_beta))
+    console.print(llc_table(llc, diagnostics))
     console.print(
         f"\nR-hat [bold]{float(diagnostics.rhat):.3f}[/], effective sample size "
         f"[bold]{float(diagnostics.ess_bulk):.0f}[/], spread between chains "
@@ -306,23 +306,6 @@ def _report(
             f"  held-out [bold]{name:6}[/] {before:.2f} nats per byte at the checkpoint, "
             f"{after:.2f} around it ([bold]{after - before:+.2f}[/])"
         )
-
-
-def _llc_table(llc: xr.Dataset, diagnostics: xr.Dataset, n_beta: float) -> Table:
-    from rich.table import Table
-
-    table = Table(title="Local learning coefficient (LLC)", show_edge=False)
-    for heading in ("chain", "mean loss", "rise", "LLC"):
-        table.add_column(heading, justify="right")
-    losses, init_loss = llc.loss_trace.mean("step").values, float(llc.init_loss)
-    for chain, loss, value in zip(
-        llc["chain"].values, losses, llc.llc_per_chain.values, strict=True
-    ):
-        table.add_row(f"{chain}", f"{loss:.3f}", f"{loss - init_loss:+.3f}", f"{value:.1f}")
-    table.add_section()
-    error = n_beta * float(diagnostics.mcse_mean)
-    table.add_row("all", "", "", f"[bold]{float(llc.llc_mean):.1f}[/] ± {error:.1f}")
-    return table
 
 
 def _point_onwards(console: Console, out: Path, seconds: float) -> None:

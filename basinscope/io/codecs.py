@@ -4,33 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numcodecs import BitRound
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec
 
 BLOSC_BLOCK = 2**20  # bytes that are shuffled and compressed together
 
 
-def loss_filters(ndim: int, draw_last: bool, keep_bits: int | None = None) -> list[Any]:
-    """Prepare a (chain, draw, sequence, token) chunk of losses for compression.
+def draw_last(ndim: int) -> list[Any]:
+    """Lay out a (chain, draw, sequence, token) chunk with the draws of one token side by side.
 
-    Parameters
-    ----------
-    ndim : int
-        Number of dimensions.
-    draw_last : bool
-        Move the second dimension to the end. The loss of one token changes little from draw to
-        draw, so its high bytes compress well when they stand side by side.
-    keep_bits : int, optional
-        Round each float32 to this many mantissa bits first. The relative error of a value is
-        then at most ``rounding_error(keep_bits)``. None stores every bit.
+    The loss of a token changes little from draw to draw, so its high bytes compress well when
+    they stand side by side.
     """
-    filters: list[Any] = []
-    if keep_bits is not None:
-        from zarr.codecs.numcodecs import BitRound
+    return [TransposeCodec(order=(0, *range(2, ndim), 1))]
 
-        filters.append(BitRound(keepbits=keep_bits))
-    if draw_last:
-        filters.append(TransposeCodec(order=(0, *range(2, ndim), 1)))
-    return filters
+
+def round_losses(losses: np.ndarray, keep_bits: int) -> np.ndarray:
+    """Round float32 losses to ``keep_bits`` mantissa bits, so that they compress better.
+
+    The values are rounded before they are stored, so that a store needs no codec to undo it. The
+    relative error of each is at most :func:`rounding_error`.
+    """
+    return BitRound(keepbits=keep_bits).encode(losses)
 
 
 def rounding_error(keep_bits: int) -> float:

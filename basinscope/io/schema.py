@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
@@ -44,8 +43,8 @@ class ArraySpec:
         What is decoded at once.
     shards : tuple of int or None
         What is written at once (one file). None: a chunk is a file.
-    layout : {"plain", "losses", "draw_last"}
-        Losses may be rounded; those of fixed sequences are laid out with the draws last.
+    draw_last : bool
+        Whether chunks are laid out with the second dimension last (losses of fixed sequences).
     attrs : mapping
         ``long_name`` and ``units``.
     """
@@ -55,7 +54,7 @@ class ArraySpec:
     dtype: str
     chunks: tuple[int, ...]
     shards: tuple[int, ...] | None = None
-    layout: Literal["plain", "losses", "draw_last"] = "plain"
+    draw_last: bool = False
     attrs: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -172,7 +171,7 @@ def _loss(row: str, batch: str, shape: tuple[int, int, int, int], meaning: str) 
         "float32",
         (1, flush, block, tokens),
         (1, flush, whole, tokens) if whole > block else None,
-        layout="losses" if batch in (dims.BATCH, dims.BATCH_SAMPLING) else "draw_last",
+        draw_last=batch not in (dims.BATCH, dims.BATCH_SAMPLING),
         attrs={"long_name": meaning, "units": "nats"},
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import uuid
@@ -72,10 +73,19 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
             f"{path} is not a sampling store (a Zarr v3 group with an array 'sampling_loss'): "
             "pass the directory that sample() wrote"
         )
-    tree = xr.open_datatree(path, engine="zarr", consolidated=False)
-    tree = lazy(tree)
+    tree = read_store(path)
     _warn_about_gaps(path, tree)
     return tree
+
+
+def read_store(path: Path) -> xr.DataTree:
+    """Open a store that is known to be one, without a word about its gaps."""
+    try:
+        return lazy(xr.open_datatree(path, engine="zarr", consolidated=False))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} has a damaged zarr.json ({error}): restore it from a copy, or sample anew"
+        ) from error
 
 
 def lazy(tree: xr.DataTree) -> xr.DataTree:
@@ -116,7 +126,10 @@ def chain_records(tree: xr.DataTree) -> dict[int, dict[str, Any]]:
     if "chains" not in tree.children:
         return {}
     children = tree["chains"].children
-    return {int(name): dict(children[name].attrs) for name in sorted(children, key=int)}
+    return {
+        int(name): {str(field): value for field, value in children[name].attrs.items()}
+        for name in sorted(children, key=int)
+    }
 
 
 def describe_gaps(records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
@@ -156,7 +169,6 @@ class SampleStore:
         arrays: Mapping[str, ArraySpec],
         attributes: Mapping[str, Any],
         num_chains: int,
-        keep_bits: int | None = None,
     ) -> SampleStore:
         """Write all metadata of a new store, then move it into place in one step.
 
@@ -168,7 +180,7 @@ class SampleStore:
         try:
             root = zarr.open_group(draft, mode="w-", attributes=dict(attributes))
             for name, spec in arrays.items():
-                _create_array(root, name, spec, keep_bits)
+                _create_array(root, name, spec)
             for chain in range(num_chains):
                 root.create_group(f"chains/{chain}", attributes=new_record())
             draft.rename(path)
@@ -277,20 +289,15 @@ def _remove_partial_files(directory: Path) -> None:
         litter.unlink(missing_ok=True)
 
 
-def _create_array(
-    root: zarr.Group, name: str, spec: ArraySpec, keep_bits: int | None
-) -> zarr.Array:
+def _create_array(root: zarr.Group, name: str, spec: ArraySpec) -> zarr.Array:
     item_bytes = np.dtype(spec.dtype).itemsize
-    filters = None
-    if spec.layout != "plain":
-        filters = codecs.loss_filters(len(spec.shape), spec.layout == "draw_last", keep_bits)
     return root.create_array(
         name,
         shape=spec.shape,
         dtype=spec.dtype,
         chunks=spec.chunks,
         shards=spec.shards,
-        filters=filters,
+        filters=codecs.draw_last(len(spec.shape)) if spec.draw_last else None,
         compressors=codecs.compressors(item_bytes),
         fill_value=np.nan if spec.dtype.startswith("float") else 0,
         dimension_names=spec.dims,

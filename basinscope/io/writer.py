@@ -6,6 +6,7 @@ import queue
 import shutil
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ class BackgroundWriter:
 
     Attributes
     ----------
-    write_seconds, stall_seconds : float
-        Time the thread spent writing, and time callers spent waiting for it.
+    write_seconds, stall_seconds : dict of chain to float
+        Time the thread spent writing, and time callers spent waiting for it; under None what
+        belongs to no chain.
     bytes_taken : int
         Bytes handed over, before encoding.
     """
@@ -50,8 +52,8 @@ class BackgroundWriter:
         self.path = path
         self.arrays = arrays
         self.pending_bytes = pending_bytes
-        self.write_seconds = 0.0
-        self.stall_seconds = 0.0
+        self.write_seconds: defaultdict[int | None, float] = defaultdict(float)
+        self.stall_seconds: defaultdict[int | None, float] = defaultdict(float)
         self.bytes_taken = 0
         self._waiting = 0
         self._error: BaseException | None = None
@@ -60,8 +62,10 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._work, name="basinscope-writer", daemon=True)
         self._thread.start()
 
-    def put(self, name: str, region: Any, values: np.ndarray) -> None:
+    def put(self, name: str, region: Any, values: np.ndarray, chain: int | None = None) -> None:
         """Write ``values`` to ``region`` of an array soon. The caller must not change them.
+
+        ``chain`` is whom the time is counted for.
 
         Raises
         ------
@@ -75,9 +79,9 @@ class BackgroundWriter:
             )
             self._waiting += values.nbytes
             self.bytes_taken += values.nbytes
-            self.stall_seconds += time.perf_counter() - start
+            self.stall_seconds[chain] += time.perf_counter() - start
         self.check()
-        self._jobs.put((values.nbytes, lambda: self._write(name, region, values), None))
+        self._jobs.put((values.nbytes, lambda: self._write(name, region, values, chain), None))
 
     def then(self, action: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
         """Run ``action`` on the writing thread once everything handed over so far is on disk.
@@ -98,12 +102,12 @@ class BackgroundWriter:
                 "call again: finished chains are kept."
             ) from self._error
 
-    def drain(self) -> None:
+    def drain(self, chain: int | None = None) -> None:
         """Wait until everything handed over is on disk; raises what :meth:`put` raises."""
         start = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._error or not self._waiting)
-            self.stall_seconds += time.perf_counter() - start
+            self.stall_seconds[chain] += time.perf_counter() - start
         self.check()
 
     def close(self) -> None:
@@ -126,10 +130,10 @@ class BackgroundWriter:
                     self._waiting -= waiting
                     self._changed.notify_all()
 
-    def _write(self, name: str, region: Any, values: np.ndarray) -> None:
+    def _write(self, name: str, region: Any, values: np.ndarray, chain: int | None) -> None:
         start = time.perf_counter()
         self.arrays[name][region] = values
-        self.write_seconds += time.perf_counter() - start
+        self.write_seconds[chain] += time.perf_counter() - start
 
 
 class RowBuffer:
@@ -174,5 +178,6 @@ class RowBuffer:
         if not self.rows:
             return
         end = self.start + len(self.rows)
-        self.writer.put(self.name, (self.chain, slice(self.start, end)), self.stack(self.rows))
+        region = (self.chain, slice(self.start, end))
+        self.writer.put(self.name, region, self.stack(self.rows), self.chain)
         self.start, self.rows = end, []

@@ -32,7 +32,7 @@ def llc_table(llc: xr.Dataset, diagnostics: xr.Dataset | None = None) -> Table:
     for heading in ("chain", "mean loss (nats)", "rise (nats)", "LLC"):
         table.add_column(heading, justify="right")
     initial = float(llc["init_loss"])
-    means = llc["loss_trace"].mean(llc["loss_trace"].dims[1])
+    means = llc["loss_trace"].mean([llc["loss_trace"].dims[1]])
     for chain, loss, value in zip(
         llc["chain"].values, means.values, llc["llc_per_chain"].values, strict=True
     ):

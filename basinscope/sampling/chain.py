@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from basinscope.io import store as chain_state
 from basinscope.io.checkpoint import read_checkpoint, remove_checkpoints, write_checkpoint
+from basinscope.io.codecs import round_losses
 from basinscope.io.schema import METRICS
 from basinscope.io.store import SampleStore, now
 from basinscope.io.writer import BackgroundWriter, RowBuffer
@@ -214,7 +215,7 @@ class ChainRunner:
             if record["state"] in (chain_state.DONE, chain_state.FAILED):
                 return
             self.store.remove_litter(chain)
-            before = self._seconds()
+            before = dict(self.clock.seconds)
             slot = record["checkpoint"]
             saved = read_checkpoint(self.store.path, chain, slot) if slot else None
             first = int(record["steps_written"]) if saved else 0
@@ -248,13 +249,13 @@ class ChainRunner:
                 buffer.flush()
             draws = self.job.config.draws_before(steps)
             self.report(Progress(chain, steps, draws, float("nan"), final["state"]))
-            spent = {p: s - before.get(p, 0.0) for p, s in self._seconds().items()}
+            spent = {p: s - before.get(p, 0.0) for p, s in self.clock.seconds.items()}
             final |= {
                 "steps_written": steps,
                 "draws_written": draws,
                 "checkpoint": None,
                 "finished_at": now(),
-                "seconds": {**record["seconds"], **{p: round(s, 6) for p, s in spent.items()}},
+                "seconds": record["seconds"] | spent,
             }
             lock = held.pop_all()
             self.writer.then(partial(self._close, chain, final, lock), otherwise=lock.close)
@@ -262,15 +263,13 @@ class ChainRunner:
     def _close(self, chain: int, final: dict[str, Any], held: ExitStack) -> None:
         """Record how a chain ended, and let it go."""
         with held:
+            seconds = final["seconds"] | {
+                "stall": self.writer.stall_seconds[chain],
+                "write (background)": self.writer.write_seconds[chain],
+            }
+            final["seconds"] = {phase: round(spent, 6) for phase, spent in seconds.items()}
             self.store.update_record(chain, **final)
             remove_checkpoints(self.store.path, chain)
-
-    def _seconds(self) -> dict[str, float]:
-        return {
-            **self.clock.seconds,
-            "stall": self.writer.stall_seconds,
-            "write (background)": self.writer.write_seconds,
-        }
 
     def _steps(self, chain: int, first: int) -> None:
         config = self.job.config
@@ -370,6 +369,7 @@ class ChainRunner:
                 )
             if saved is not None:
                 _unpack(saved["weights"], [p.data for p in self.parameters])
+                _unpack(saved["buffers"], list(self.model.buffers()))
                 _unpack(saved["square_avg"], self.update.square_avgs or [])
 
     def _seed_dropout(self, chain: int, saved: dict[str, np.ndarray] | None) -> None:
@@ -386,9 +386,10 @@ class ChainRunner:
         with self.clock("checkpoint"):
             for buffer in self.buffers.values():
                 buffer.flush()
-            self.writer.drain()
+            self.writer.drain(chain)
             state = {
                 "weights": _pack([p.data for p in self.parameters]),
+                "buffers": _pack(list(self.model.buffers())),
                 "square_avg": _pack(self.update.square_avgs or []),
                 "rng": torch.get_rng_state().numpy(),
             }
@@ -413,8 +414,15 @@ class ChainRunner:
                 if name == "sampling_rows":
                     continue
                 row = draws if dims[1] == "draw" else first
-                buffers[name] = RowBuffer(self.writer, name, chain, row, _stack)
+                buffers[name] = RowBuffer(self.writer, name, chain, row, self._stacker(name))
         return buffers
+
+    def _stacker(self, name: str) -> Callable[[list[Tensor]], np.ndarray]:
+        """What turns rows of an array into what is stored."""
+        keep_bits = self.job.config.loss_keep_bits
+        if keep_bits is not None and "loss" in name:
+            return lambda rows: round_losses(_stack(rows), keep_bits)
+        return _stack
 
 
 def working_copy(job: SamplingJob) -> nn.Module:
@@ -453,7 +461,7 @@ def perturb(
         parameter.copy_(parameter.float().add_(noise))
 
 
-def _stack(rows: list[Any]) -> np.ndarray:
+def _stack(rows: list[Tensor]) -> np.ndarray:
     return torch.stack(rows).cpu().numpy()
 
 

@@ -141,7 +141,7 @@ def _load_data(config: Path, where: str, given: Any, tokenizer_name: str) -> tup
     """Load token ids, or text that the model's tokenizer turns into them."""
     import datasets
 
-    options = {"path": given} if isinstance(given, str) else dict(given)
+    options: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
     _refuse_unknown(config, where, options, DATA_KEYS)
     if "path" not in options:
         raise ValueError(f"{config}: {where} needs a path")

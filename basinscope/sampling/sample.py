@@ -23,6 +23,7 @@ from basinscope.io.store import (
     is_store,
     open_store,
     provenance,
+    read_store,
     require_same_settings,
 )
 from basinscope.io.writer import BackgroundWriter
@@ -226,8 +227,13 @@ def sample(
     if checkpoint_every is not None:
         _check_count("checkpoint_every", checkpoint_every)
     asked = _check_chains(chains, config.num_chains)
-    if workers > 1 and profile is not None:
-        raise ValueError("profile= traces one process: use it with workers=1")
+    if profile is not None and (workers > 1 or (chains_at_once or 1) > 1):
+        raise ValueError("profile= traces one chain: use it with workers=1 and chains_at_once=1")
+    if train_mode and (chains_at_once or 1) > 1:
+        raise ValueError(
+            "train_mode=True draws dropout from torch's one generator, which chains in threads "
+            f"would share: use workers={chains_at_once} in place of chains_at_once"
+        )
 
     path = None if output_path is None else Path(output_path)
     if path is not None and _is_taken(path):
@@ -262,7 +268,7 @@ def sample(
         else:
             attributes = _attributes(job, settings)
             arrays = job.arrays()
-            store = SampleStore.create(path, arrays, attributes, num_chains, loss_keep_bits)
+            store = SampleStore.create(path, arrays, attributes, num_chains)
         todo = [chain for chain in store.unfinished() if chain in asked]
         tokens = config.gradient_accumulation_steps * config.batch_size * (job.sequence_length - 1)
         with show_progress(todo, config.num_steps, config.num_draws, tokens, progress) as report:
@@ -293,7 +299,7 @@ def sample(
                 )
         store.finish()
     _warn_about_failures(store)
-    return open_store(path)
+    return read_store(path)
 
 
 def _usual_chains_at_once(job: SamplingJob, profile: Any) -> int:

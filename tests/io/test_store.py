@@ -17,7 +17,6 @@ import zarr
 
 from basinscope.io import store as store_module
 from basinscope.io.checkpoint import read_checkpoint, remove_checkpoints, write_checkpoint
-from basinscope.io.codecs import rounding_error
 from basinscope.io.schema import sampling_arrays
 from basinscope.io.store import (
     DONE,
@@ -209,23 +208,6 @@ def test_an_empty_file_is_an_error_or_missing_never_a_number(filled: Filled) -> 
     values = read(filled.path, "loss_wide")
     assert np.isnan(values[0]).all()
     np.testing.assert_array_equal(values[1], filled.values["loss_wide"][1])
-
-
-@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
-@pytest.mark.parametrize("bits", [1, 4, 9, 16, 23])
-def test_rounded_losses_keep_their_stated_error(bits: int, tmp_path: Path) -> None:
-    store = new_store(tmp_path / "s.zarr", keep_bits=bits)
-    shape = ARRAYS["loss_wide"].shape
-    exponents = np.random.default_rng(bits).uniform(-20, 20, shape)
-    losses = np.exp(exponents).astype(np.float32)
-    store.arrays["loss_wide"][:] = losses
-    stored = read(tmp_path / "s.zarr", "loss_wide").astype(np.float64)
-    error = np.abs(stored - losses) / losses
-    assert error.max() <= rounding_error(bits) == 2.0 ** -(bits + 1)
-    if bits < 20:
-        assert error.max() > rounding_error(bits) / 2, "the bound is not tight"
-    store.arrays["init_loss"][:] = losses[:, 0, 0, :4]
-    np.testing.assert_array_equal(read(tmp_path / "s.zarr", "init_loss"), losses[:, 0, 0, :4])
 
 
 def test_a_second_process_is_told_that_a_chain_is_taken(tmp_path: Path) -> None:
@@ -444,10 +426,8 @@ def filled(tmp_path: Path) -> Filled:
     return Filled(tmp_path / "s.zarr")
 
 
-def new_store(
-    path: str | Path, *, keep_bits: int | None = None, num_chains: int = 2, made_by: str = "test"
-) -> SampleStore:
-    return SampleStore.create(Path(path), ARRAYS, {"made_by": made_by}, num_chains, keep_bits)
+def new_store(path: str | Path, *, num_chains: int = 2, made_by: str = "test") -> SampleStore:
+    return SampleStore.create(Path(path), ARRAYS, {"made_by": made_by}, num_chains)
 
 
 def read(path: Path, name: str) -> np.ndarray:

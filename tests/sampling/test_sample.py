@@ -503,7 +503,6 @@ def test_metrics_numel_counts_what_moves(tmp_path: Path) -> None:
     assert tree.attrs["metrics_numel"] == 36 + 40
 
 
-@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3")
 def test_rounded_losses_stay_within_their_stated_error(tmp_path: Path) -> None:
     exact = run(tmp_path / "exact")
     rounded = run(tmp_path / "rounded", loss_keep_bits=8)
