@@ -5,8 +5,9 @@
 GPT-NeoX from a config, random weights, random tokens; two observables of 3 and 2 batches on
 different data, so that each draw costs five observable batches, and the defaults' 32 batches of
 initial loss per 200 draws. A ratio is peer seconds / our seconds for a whole call: copying the
-model, initial losses, chains, and a finished store. Peak memory is that of a process of its own
-that makes one such call, imports included.
+model, initial losses, chains, and a finished store. The floor is the model's own work for the same
+steps, and nothing else: forward and backward of the batches, forwards of the observables. Peak
+memory is that of a process of its own that makes one such call, imports included.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,8 @@ def main() -> None:
                 lambda size=size, metrics=metrics: run("devinterp", size, metrics),
                 asked.rounds,
             )
+            figures["floor_s"] = round(min(floor_seconds(size) for _ in range(2)), 4)
+            figures["floor_share"] = round(figures["floor_s"] / figures["ours_s"], 3)
             if not asked.no_memory:
                 word = "metrics" if metrics else "plain"
                 for key, who in (("ours", "basinscope"), ("peer", "devinterp")):
@@ -98,6 +102,29 @@ def run(who: str, size: str, metrics: bool) -> None:
                 )
     finally:
         shutil.rmtree(directory)
+
+
+def floor_seconds(size: str) -> float:
+    """Time the model's own work for the steps of a run, on all threads."""
+    model, dataset, observables = inputs(size)
+    chains, draws = RUNS[size]
+    batch = SIZES[size]["batch"]
+    ids = dataset[:batch]["input_ids"]
+    observed = [data[i * batch : (i + 1) * batch]["input_ids"]
+                for data, count in observables.values() for i in range(count)]  # fmt: skip
+
+    def loss(batch_ids: torch.Tensor) -> torch.Tensor:
+        logits = model(batch_ids, use_cache=False, return_dict=False)[0][:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch_ids[:, 1:].flatten())
+
+    start = time.perf_counter()
+    for _ in range(chains * draws):
+        loss(ids).backward()
+        model.zero_grad(set_to_none=True)
+        with torch.inference_mode():
+            for batch_ids in observed:
+                loss(batch_ids)
+    return time.perf_counter() - start
 
 
 def inputs(size: str) -> tuple[Any, Any, dict[str, Any]]:

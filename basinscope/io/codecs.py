@@ -26,7 +26,7 @@ def round_losses(losses: np.ndarray, keep_bits: int) -> np.ndarray:
     The values are rounded before they are stored, so that a store needs no codec to undo it. The
     relative error of each is at most :func:`rounding_error`.
     """
-    return BitRound(keepbits=keep_bits).encode(losses)
+    return BitRound(keepbits=keep_bits).encode(losses).view(losses.dtype)
 
 
 def rounding_error(keep_bits: int) -> float:
