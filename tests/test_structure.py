@@ -75,3 +75,10 @@ def imported_modules(file: Path) -> list[str]:
             found.append(node.module or "")
             found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
+
+
+def test_the_kernels_and_the_store_name_the_same_metrics() -> None:
+    from basinscope.io.schema import METRICS
+    from basinscope.kernels.sgld import METRIC_NAMES
+
+    assert tuple(METRICS) == METRIC_NAMES
