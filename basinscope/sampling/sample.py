@@ -352,8 +352,12 @@ def _temporary_path(config: SamplerConfig) -> Path:
 
 
 def _check_loss(job: SamplingJob, model: nn.Module) -> None:
-    """Evaluate one batch at the checkpoint, so that a misfit shows before anything is written."""
-    batch = job.token_ids(job.batch_rows(0)[0])
+    """Evaluate the loss at the checkpoint, so that a misfit shows before anything is written.
+
+    A caller's ``loss_fn`` gets a whole batch, as always; the model's own loss needs one sequence.
+    """
+    rows = job.batch_rows(0)[0]
+    batch = job.token_ids(rows if job.loss_fn is not None else rows[:1])
     wanted = (len(batch), job.sequence_length - 1)
     kind = "loss_fn" if job.loss_fn is not None else "the model's loss"
     try:
