@@ -215,7 +215,8 @@ class ChainRunner:
             if record["state"] in (chain_state.DONE, chain_state.FAILED):
                 return
             self.store.remove_litter(chain)
-            before = dict(self.clock.seconds)
+            self.clock.seconds.clear()
+            self.earlier = record["seconds"]
             slot = record["checkpoint"]
             saved = read_checkpoint(self.store.path, chain, slot) if slot else None
             first = int(record["steps_written"]) if saved else 0
@@ -249,27 +250,41 @@ class ChainRunner:
                 buffer.flush()
             draws = self.job.config.draws_before(steps)
             self.report(Progress(chain, steps, draws, float("nan"), final["state"]))
-            spent = {p: s - before.get(p, 0.0) for p, s in self.clock.seconds.items()}
             final |= {
                 "steps_written": steps,
                 "draws_written": draws,
                 "checkpoint": None,
                 "finished_at": now(),
-                "seconds": record["seconds"] | spent,
             }
             lock = held.pop_all()
-            self.writer.then(partial(self._close, chain, final, lock), otherwise=lock.close)
+            phases = dict(self.clock.seconds)
+            close = partial(self._close, chain, final, phases, self.earlier, lock)
+            self.writer.then(close, otherwise=lock.close)
 
-    def _close(self, chain: int, final: dict[str, Any], held: ExitStack) -> None:
+    def _close(
+        self,
+        chain: int,
+        final: dict[str, Any],
+        phases: dict[str, float],
+        earlier: dict[str, float],
+        held: ExitStack,
+    ) -> None:
         """Record how a chain ended, and let it go."""
         with held:
-            seconds = final["seconds"] | {
-                "stall": self.writer.stall_seconds[chain],
-                "write (background)": self.writer.write_seconds[chain],
-            }
-            final["seconds"] = {phase: round(spent, 6) for phase, spent in seconds.items()}
-            self.store.update_record(chain, **final)
+            seconds = self._seconds(chain, phases, earlier)
+            self.store.update_record(chain, **final, seconds=seconds)
             remove_checkpoints(self.store.path, chain)
+
+    def _seconds(
+        self, chain: int, phases: dict[str, float], earlier: dict[str, float]
+    ) -> dict[str, float]:
+        """Seconds per phase of a chain, with those of the runs that it was interrupted in."""
+        spent = phases | {
+            "stall": self.writer.stall_seconds[chain],
+            "write (background)": self.writer.write_seconds[chain],
+        }
+        names = dict.fromkeys([*earlier, *spent])
+        return {name: round(earlier.get(name, 0.0) + spent.get(name, 0.0), 6) for name in names}
 
     def _steps(self, chain: int, first: int) -> None:
         config = self.job.config
@@ -402,6 +417,7 @@ class ChainRunner:
                 checkpoint=slot,
                 steps_written=steps,
                 draws_written=self.job.config.draws_before(steps),
+                seconds=self._seconds(chain, dict(self.clock.seconds), self.earlier),
             )
 
     def _open_buffers(self, chain: int, first: int) -> dict[str, RowBuffer]:

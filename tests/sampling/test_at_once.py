@@ -23,8 +23,14 @@ def run(
         model or tiny_model(kind),
         token_rows(48, 9, seed=1),
         {"first": token_rows(30, 9, seed=2)},
-        **{"lr": 1e-3, "n_beta": 10.0, "num_chains": 5, "num_draws": 12, "batch_size": 4},
-        **changes,
+        **{
+            "lr": 1e-3,
+            "n_beta": 10.0,
+            "num_chains": 5,
+            "num_draws": 12,
+            "batch_size": 4,
+            **changes,
+        },
         output_path=path,
         progress=False,
         device="cpu",
@@ -87,3 +93,25 @@ def test_a_profile_names_the_phases(tmp_path: Path) -> None:
     text = trace.read_text()
     for phase in ("forward", "backward", "update", "observe"):
         assert text.count(f'"name": "{phase}"') >= 2, phase
+
+
+def test_the_time_of_interrupted_runs_is_kept(tmp_path: Path) -> None:
+    def loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        loss.calls += 1  # type: ignore[attr-defined]
+        if loss.calls == loss.last:  # type: ignore[attr-defined]
+            raise ZeroDivisionError
+        return model(ids)[:, :-1].square().mean(-1)
+
+    settings = {"kind": "raw", "loss_fn": loss, "num_chains": 1, "checkpoint_every": 3}
+    loss.calls, loss.last = 0, 50  # type: ignore[attr-defined]
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "s.zarr", **settings)
+    store = SampleStore(tmp_path / "s.zarr")
+    before = store.record(0)
+    assert before["steps_written"] >= 3
+    loss.last = -1  # type: ignore[attr-defined]
+    run(tmp_path / "s.zarr", **settings)
+    after = store.record(0)["seconds"]
+    for phase in ("forward", "backward", "update", "observe", "write (background)"):
+        assert after[phase] > before["seconds"][phase] > 0, phase
+    assert store.attributes["seconds"]["init_loss"] == after["init_loss"] > 0
