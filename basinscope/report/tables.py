@@ -55,23 +55,19 @@ def llc_error(llc: xr.Dataset, diagnostics: xr.Dataset | None = None) -> float:
 def arrays_table(path: Path) -> Table:
     """Show the arrays of a store with their sizes in memory and on disk."""
     table = Table(title="Arrays", title_justify="left", show_edge=False)
-    for heading, side in (
-        ("name", "left"), ("dims", "left"), ("shape", "left"), ("type", "left"),
-        ("raw", "right"), ("on disk", "right"), ("share", "right"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=side)  # type: ignore[arg-type]
+    for heading in ("name", "shape", "type"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("raw", "on disk"):
+        table.add_column(heading, justify="right", no_wrap=True)
     raw_total = disk_total = 0
     for name, array in sorted(zarr.open_group(path, mode="r").arrays()):
-        dims = getattr(array.metadata, "dimension_names", None) or ()
         disk = _bytes_on_disk(path / name)
         raw_total, disk_total = raw_total + array.nbytes, disk_total + disk
-        share = f"{disk / array.nbytes:.0%}" if array.nbytes else "-"
         shape = " × ".join(map(str, array.shape)) or "scalar"
-        sizes = (human_bytes(array.nbytes), human_bytes(disk), share)
-        table.add_row(name, ", ".join(map(str, dims)), shape, str(array.dtype), *sizes)
+        table.add_row(name, shape, str(array.dtype), human_bytes(array.nbytes), human_bytes(disk))
     table.add_section()
-    share = f"{disk_total / raw_total:.0%}" if raw_total else "-"
-    table.add_row("all", "", "", "", human_bytes(raw_total), human_bytes(disk_total), share)
+    share = f"all ({disk_total / raw_total:.0%} of raw)" if raw_total else "all"
+    table.add_row(share, "", "", human_bytes(raw_total), human_bytes(disk_total))
     return table
 
 
