@@ -132,7 +132,7 @@ def llc(
 def info(store: StorePath) -> None:
     """Show what a store holds, how large it is, and how far each chain is."""
     with _readable_errors(), _short_warnings():
-        from basinscope.io.store import SampleStore, open_store
+        from basinscope.io.store import SampleStore, open_store, total_seconds
         from basinscope.report.tables import arrays_table, chains_table, phases_table
 
         tree = open_store(store)
@@ -153,11 +153,7 @@ def info(store: StorePath) -> None:
             running = {chain for chain in records if samples.is_locked(chain)}
             out.print()
             out.print(chains_table(records, running))
-            seconds: dict[str, float] = {}
-            for record in records.values():
-                for phase, spent in record["seconds"].items():
-                    seconds[phase] = seconds.get(phase, 0.0) + spent
-            if seconds:
+            if seconds := total_seconds(records):
                 out.print()
                 out.print(phases_table(seconds))
 

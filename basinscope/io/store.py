@@ -132,6 +132,15 @@ def chain_records(tree: xr.DataTree) -> dict[int, dict[str, Any]]:
     }
 
 
+def total_seconds(records: Mapping[int, Mapping[str, Any]]) -> dict[str, float]:
+    """Add up the seconds per phase of all chains."""
+    seconds: dict[str, float] = {}
+    for record in records.values():
+        for phase, spent in record["seconds"].items():
+            seconds[phase] = round(seconds.get(phase, 0.0) + spent, 6)
+    return seconds
+
+
 def describe_gaps(records: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
     """Say for each chain that is not done what is missing, in words."""
     gaps = {}
@@ -262,16 +271,12 @@ class SampleStore:
             remove_checkpoints(self.path, chain)
         for name in ("chains", *self.arrays):
             _remove_partial_files(self.path / name)
-        seconds: dict[str, float] = {}
-        for record in records.values():
-            for phase, spent in record["seconds"].items():
-                seconds[phase] = round(seconds.get(phase, 0.0) + spent, 6)
         zarr.open_group(self.path, mode="r+").update_attributes(
             {
                 "completed": 1,
                 "finished_at": now(),
                 "failed_chains": [c for c, r in records.items() if r["state"] == FAILED],
-                "seconds": seconds,
+                "seconds": total_seconds(records),
             }
         )
         return True

@@ -58,11 +58,12 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
         if required not in arguments:
             raise ValueError(f"{path}: sampler needs {required}")
 
-    model, tokenizer = _load_model(_located(path, plan["model"]), plan.get("dtype", "float32"))
-    dataset, _ = _load_data(path, "dataset", plan["dataset"], tokenizer)
+    name = _located(path, plan["model"])
+    model = _load_model(name, plan.get("dtype", "float32"))
+    dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
     observables = {
-        name: _load_data(path, f"observables.{name}", given, tokenizer)
-        for name, given in (plan.get("observables") or {}).items()
+        obs: _load_data(path, f"observables.{obs}", given, name)
+        for obs, given in (plan.get("observables") or {}).items()
     }
     tree = _sample()(
         model,
@@ -127,14 +128,14 @@ def _located(config: Path, name: str) -> str:
     return str(local) if local.exists() else name
 
 
-def _load_model(name: str, dtype: str) -> tuple[Any, Any]:
+def _load_model(name: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise ValueError(f"dtype must be one of {', '.join(kinds)}; got {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype]), name
+    return AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
 
 
 def _load_data(config: Path, where: str, given: Any, tokenizer_name: str) -> tuple[Any, int | None]:

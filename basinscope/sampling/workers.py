@@ -89,14 +89,14 @@ def _start(
         "chains": chains,
         "threads": max(1, torch.get_num_threads() // count),
         "checkpoint_every": checkpoint_every,
-        "path": [entry for entry in sys.path if entry],
     }
+    importable = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.Popen(
         [sys.executable, "-m", "basinscope.sampling.workers", json.dumps(order)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(order["path"])},  # type: ignore[arg-type]
+        env={**os.environ, "PYTHONPATH": importable},
         start_new_session=True,  # Ctrl-C reaches the parent, which asks its workers
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -17,6 +18,15 @@ from basinscope.io.store import SampleStore
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3,
+    "n_beta": 12.0,
+    "num_chains": 3,
+    "num_draws": 20,
+    "num_burnin_steps": 5,
+    "batch_size": 4,
+}
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -25,12 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_model("raw"),
         token_rows(40, 9, seed=1),
         {"a": token_rows(30, 9, seed=2)},
-        lr=1e-3,
-        n_beta=12.0,
-        num_chains=3,
-        num_draws=20,
-        num_burnin_steps=5,
-        batch_size=4,
+        **SETTINGS,
         output_path=path,
         progress=False,
         device="cpu",
@@ -106,12 +111,7 @@ def test_llc_samples_and_computes(tmp_path: Path, store: Path) -> None:
         tiny_model("raw"),
         token_rows(40, 9, seed=1),
         {"a": token_rows(30, 9, seed=2)},
-        lr=1e-3,
-        n_beta=12.0,
-        num_chains=3,
-        num_draws=20,
-        num_burnin_steps=5,
-        batch_size=4,
+        **SETTINGS,
         output_path=tmp_path / "again.zarr",
         progress=False,
         device="cpu",
