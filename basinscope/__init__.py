@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from basinscope.analysis.bif import compute_bif
     from basinscope.analysis.llc import compute_llc
+    from basinscope.analysis.susceptibilities import compute_susceptibilities
     from basinscope.api import llc
     from basinscope.io.store import open_store
     from basinscope.sampling.sample import sample
@@ -21,13 +23,17 @@ _HOME = {
     "sample": "basinscope.sampling.sample",
     "llc": "basinscope.api",
     "compute_llc": "basinscope.analysis.llc",
+    "compute_bif": "basinscope.analysis.bif",
+    "compute_susceptibilities": "basinscope.analysis.susceptibilities",
     "open_store": "basinscope.io.store",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
 }
 
 __all__ = [
     "__version__",
+    "compute_bif",
     "compute_llc",
+    "compute_susceptibilities",
     "llc",
     "open_store",
     "sample",

@@ -1,55 +1,256 @@
-"""What every estimator needs of a store: open it, leave out chains that are not whole."""
+"""What every estimator needs of a store: open it, and know which draws of it count."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+import dask.array as da
+import numpy as np
 import xarray as xr
 
-from basinscope.io.store import chain_records, describe_gaps, lazy, open_store
+from basinscope.io import dims
+from basinscope.io.store import (
+    FAILED,
+    chain_records,
+    describe_gaps,
+    read_store,
+    require_store,
+    stored_array,
+)
+from basinscope.io.stored import StoredArray
+
+Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
+FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
+SLAB_BYTES = 2**20  # about what fits beside its float64 copy in a core's cache
 
 
-def open_samples(samples: xr.DataTree | str | os.PathLike[str]) -> xr.DataTree:
-    """Take a store's tree or path; give a tree whose arrays are read when they are needed."""
-    if isinstance(samples, xr.DataTree):
-        return lazy(samples)
-    return open_store(samples)
+@dataclass(frozen=True)
+class Samples:
+    """The losses of a store, restricted to what was written and may be averaged.
+
+    Attributes
+    ----------
+    tree : xr.DataTree
+        Lazy.
+    name : str
+        The path of the store, for messages.
+    chains : tuple of int
+        Chains that count, by their number in the store.
+    draws, steps : tuple of int
+        How many of each such chain count.
+    recorded : bool
+        Whether the store keeps a record of what was written (devinterp's do not).
+    """
+
+    tree: xr.DataTree
+    name: str
+    chains: tuple[int, ...]
+    draws: tuple[int, ...]
+    steps: tuple[int, ...]
+    recorded: bool
+
+    @property
+    def n_beta(self) -> float:
+        """Inverse temperature nβ, from the settings: no array is read."""
+        return float(self.sampler["n_beta"])
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """Settings of the sampler."""
+        return self.config["sampler"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything a run was configured with."""
+        config: dict[str, Any] = self.tree.attrs.get("metadata", {}).get("config", {})
+        if "sampler" not in config:
+            raise ValueError(
+                f"{self.name} has no sampler settings (attribute metadata.config.sampler): "
+                "pass what sample() returned, or the path of its store"
+            )
+        return config
+
+    @property
+    def observables(self) -> list[str]:
+        """Ids of the observables, in the order of the store."""
+        names = [str(name) for name in self.tree.dataset.data_vars]
+        return [name.removeprefix("loss_") for name in names if name.startswith("loss_")]
+
+    def losses(self, name: str) -> list[Part]:
+        """Give the losses of each chain that counts, up to the last row that counts."""
+        variable = self.tree.dataset[name]
+        rows = self.steps if dims.STEP in variable.dims else self.draws
+        stored = stored_array(variable)
+        chains = zip(self.chains, rows, strict=True)
+        if stored is not None:
+            whole = stored.written() if self.recorded else stored
+            return [whole.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
+        data = unread(variable)
+        return [data[chain : chain + 1, :count] for chain, count in chains]
+
+    def init_loss(self) -> da.Array:
+        """Give ``init_loss (chain, token_pos)`` of the chains that count."""
+        return da.asarray(unread(self.tree.dataset["init_loss"]))[list(self.chains)]
+
+    @property
+    def provenance(self) -> dict[str, object]:
+        """Attributes of the store that its estimates carry on."""
+        kept = ("created_by", "created_at", "schema_version", "metadata")
+        return {name: self.tree.attrs[name] for name in kept if name in self.tree.attrs}
 
 
-def finished_chains(tree: xr.DataTree) -> xr.Dataset:
-    """Give the root arrays of a store, without the chains that failed or are unfinished.
+def open_samples(
+    samples: xr.DataTree | str | os.PathLike[str], allow_incomplete: bool = False
+) -> Samples:
+    """Open a store's tree or path, and leave out what may not be averaged.
 
-    Chains keep their numbers as the coordinate ``chain``. The store's record decides, not its
-    values: what was not written reads as NaN.
+    The store's record decides what counts, not its values: what was not written reads as NaN.
+
+    Parameters
+    ----------
+    samples : xr.DataTree or path
+        A store of :func:`basinscope.sample` or of devinterp 2.x.
+    allow_incomplete : bool
+        Take the draws that a running or interrupted store records as written.
 
     Raises
     ------
     ValueError
-        If no chain is left.
+        If chains are unfinished and ``allow_incomplete`` is False, if the store keeps no record of
+        what was written, or if no chain is left.
 
     Warns
     -----
     UserWarning
-        Naming the chains that are left out and why.
+        Naming the chains that are left out, and why.
     """
-    dataset = tree.dataset
-    gaps = describe_gaps(chain_records(tree))
-    kept = [chain for chain in range(dataset.sizes["chain"]) if chain not in gaps]
-    if gaps:
-        reasons = "; ".join(f"chain {chain} {gap}" for chain, gap in gaps.items())
+    if isinstance(samples, xr.DataTree):
+        tree = samples
+        name = str(tree.dataset.encoding.get("source", "this tree"))
+    else:
+        name = str(samples)
+        tree = read_store(require_store(samples))
+    _require_losses(tree, name)
+    records = chain_records(tree)
+    sizes = tree.dataset.sizes
+    chains = range(sizes[dims.CHAIN])
+    if not records:
+        _require_completed(tree, name)
+        whole = tuple(chains)
+        return Samples(
+            tree, name, whole,
+            (sizes.get(dims.DRAW, 0),) * len(whole), (sizes.get(dims.STEP, 0),) * len(whole), False,
+        )  # fmt: skip
+    gaps = describe_gaps(records)
+    unfinished = [chain for chain in gaps if records[chain]["state"] != FAILED]
+    if unfinished and not allow_incomplete:
+        reasons = "; ".join(f"chain {chain} {gaps[chain]}" for chain in unfinished)
+        raise ValueError(
+            f"{name} is not complete: {reasons}. Finish it with the call that began it, or take "
+            "the draws that are written with allow_incomplete=True (--allow-incomplete)"
+        )
+    left_out = {
+        chain: gap
+        for chain, gap in gaps.items()
+        if chain not in unfinished or not records[chain]["draws_written"]
+    }
+    kept = tuple(chain for chain in chains if chain not in left_out)
+    if left_out:
+        reasons = "; ".join(f"chain {chain} {gap}" for chain, gap in left_out.items())
         if not kept:
-            raise ValueError(f"no chain of this store can be analysed: {reasons}")
+            raise ValueError(f"no chain of {name} can be analysed: {reasons}")
         warnings.warn(f"left out of this estimate: {reasons}", stacklevel=3)
-    return dataset.assign_coords(chain=range(dataset.sizes["chain"])).isel(chain=kept)
+    return Samples(
+        tree, name, kept,
+        tuple(records[chain]["draws_written"] for chain in kept),
+        tuple(records[chain]["steps_written"] for chain in kept), True,
+    )  # fmt: skip
 
 
-def inverse_temperature(tree: xr.DataTree) -> float:
-    """Give nβ from a store's settings, which need no array to be read."""
-    return float(tree.attrs["metadata"]["config"]["sampler"]["n_beta"])
+def _require_losses(tree: xr.DataTree, name: str) -> None:
+    if "sampling_loss" not in tree.dataset:
+        found = ", ".join(map(str, tree.dataset.data_vars)) or "no array at all"
+        raise ValueError(
+            f"{name} holds no 'sampling_loss' but {found}: pass the tree that sample() returned, "
+            "or the path of its store"
+        )
+    for variable, values in tree.dataset.data_vars.items():
+        if "loss" in str(variable) and values.ndim == 4:
+            rows = dims.STEP if variable == "sampling_loss_micro" else dims.DRAW
+            first, second, _, last = values.dims
+            if (first, second, last) != (dims.CHAIN, rows, dims.TOKEN_POS):
+                raise ValueError(
+                    f"{variable} of {name} has dims {values.dims}; expected "
+                    f"(chain, {rows}, batch, token_pos): transpose it"
+                )
 
 
-def provenance(tree: xr.DataTree) -> dict[str, object]:
-    """Give the attributes of a store that its estimates carry on."""
-    kept = ("created_by", "created_at", "schema_version", "metadata")
-    return {name: tree.attrs[name] for name in kept if name in tree.attrs}
+def _require_completed(tree: xr.DataTree, name: str) -> None:
+    on_disk = "source" in tree.dataset.encoding
+    if tree.attrs.get("completed", None if on_disk else 1) != 1:
+        raise ValueError(
+            f"{name} was not completed, and keeps no record of which draws were written (devinterp "
+            "writes none), so missing ones cannot be told from NaN: sample it again"
+        )
+
+
+def unread(variable: xr.DataArray) -> da.Array | np.ndarray:
+    """Give a variable's values where they are in memory, else as a Dask array."""
+    if variable.chunks is None and not variable.variable._in_memory:
+        variable = variable.chunk()
+    values: da.Array | np.ndarray = variable.data
+    return values
+
+
+def chunks_of(part: StoredArray | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Go through losses in pieces that fit a core's cache (or as a store holds them).
+
+    Yields
+    ------
+    place : tuple of slice
+        Where the values stand in the part.
+    values : np.ndarray (1, rows, batch, token_pos)
+    """
+    if isinstance(part, StoredArray):
+        yield from part.chunks()
+        return
+    rows = max(1, SLAB_BYTES // max(1, part[:, :1].nbytes))
+    for first in range(0, part.shape[1], rows):
+        place = (slice(None), slice(first, min(first + rows, part.shape[1])))
+        yield (*place, slice(None), slice(None)), part[place]
+
+
+def files_of(part: Part, split_sequences: bool = True) -> list[tuple[int, Part]]:
+    """Split along the rows, file by file; give each piece's first row with it.
+
+    Losses that are no store's array are split by their Dask chunks, along their sequences too
+    unless ``split_sequences`` is False.
+    """
+    if isinstance(part, StoredArray):
+        extent, begin = part.file_shape[1], part.start[1]
+        bounds = [*range(begin - begin % extent, part.stop[1], extent), part.stop[1]]
+        return [(a, cut(part, slice(a, b))) for a, b in _pairs([max(0, n - begin) for n in bounds])]
+    if isinstance(part, np.ndarray):
+        extent = max(1, FILE_BYTES // max(1, part[:, :1].nbytes))
+        return [(a, part[:, a : a + extent]) for a in range(0, part.shape[1], extent)]
+    rows = _pairs(np.cumsum([0, *part.chunks[1]]).tolist())
+    sequences = [(0, part.shape[2])]
+    if split_sequences:
+        sequences = _pairs(np.cumsum([0, *part.chunks[2]]).tolist())
+    return [(a, cut(part, slice(a, b), slice(*at))) for a, b in rows for at in sequences]
+
+
+def cut(part: Part, rows: slice, sequences: slice = slice(None)) -> Part:
+    """Narrow a chain's losses; reads nothing."""
+    if isinstance(part, StoredArray):
+        return part.part(slice(None), rows, sequences)
+    return part[:, rows, sequences]
+
+
+def _pairs(bounds: list[int]) -> list[tuple[int, int]]:
+    return [(a, b) for a, b in itertools.pairwise(bounds) if b > a]

@@ -14,3 +14,15 @@ TOKEN_POS = "token_pos"
 def observable_batch(obs_id: str) -> str:
     """Name the dimension over the sequences of one observable."""
     return f"batch_{obs_id}"
+
+
+def observable_id(name: str) -> str:
+    """Make an observable's name fit for a variable name.
+
+    Examples
+    --------
+    >>> observable_id("pile/github"), observable_id("2nd set")
+    ('pile_github', '_2nd_set')
+    """
+    cleaned = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+    return f"_{cleaned}" if cleaned[0].isdigit() else cleaned

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
@@ -28,8 +29,10 @@ import basinscope
 from basinscope.io import codecs
 from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
+from basinscope.io.stored import StoredArray, open_stored
 
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
+SCALED = {"scale_factor", "add_offset"}  # encodings under which values are not what is stored
 
 
 class ChainLockedError(RuntimeError):
@@ -65,6 +68,14 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
     UserWarning
         If chains are unfinished or failed; names them.
     """
+    path = require_store(path)
+    tree = read_store(path)
+    _warn_about_gaps(path, tree)
+    return tree
+
+
+def require_store(path: str | os.PathLike[str]) -> Path:
+    """Raise the errors of :func:`open_store` if there is no sampling store at ``path``."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}: check the path, or sample one first")
@@ -73,26 +84,53 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
             f"{path} is not a sampling store (a Zarr v3 group with an array 'sampling_loss'): "
             "pass the directory that sample() wrote"
         )
-    tree = read_store(path)
-    _warn_about_gaps(path, tree)
-    return tree
+    return path
 
 
 def read_store(path: Path) -> xr.DataTree:
     """Open a store that is known to be one, without a word about its gaps."""
     try:
-        return lazy(xr.open_datatree(path, engine="zarr", consolidated=False))
+        tree = xr.open_datatree(path, engine="zarr", consolidated=False)
+        dataset = tree.dataset
+        read_in_parts = {
+            name: variable.copy(data=_dask_array(stored))
+            for name, variable in dataset.data_vars.items()
+            if not SCALED & variable.encoding.keys()
+            and (stored := open_stored(path / str(name)))
+            and stored.dtype == variable.dtype
+        }
+        tree.dataset = dataset.assign(read_in_parts)
+        return lazy(tree)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} has a damaged zarr.json ({error}): restore it from a copy, or sample anew"
         ) from error
 
 
+def _dask_array(stored: StoredArray) -> da.Array:
+    return da.from_array(
+        stored, chunks=stored.file_shape, name=f"{Path(stored.path).name}-{uuid.uuid4().hex}",
+        asarray=True, fancy=False, meta=np.empty((0,) * stored.ndim, stored.dtype),
+    )  # fmt: skip
+
+
+def stored_array(variable: xr.DataArray) -> StoredArray | None:
+    """Give what a variable reads from, if it is a store's array as :func:`open_store` gave it.
+
+    A variable that was sliced or changed since is no longer that array: None.
+    """
+    data = variable.data
+    if not isinstance(data, da.Array):
+        return None
+    origin = data.dask.get(f"original-{data.name}")
+    return origin if isinstance(origin, StoredArray) and origin.shape == data.shape else None
+
+
 def lazy(tree: xr.DataTree) -> xr.DataTree:
     """Give a tree with the same arrays as Dask arrays, one chunk per file of the store."""
     dataset = tree.dataset
     files = {
-        str(name): variable.chunk(_file_chunks(variable))
+        str(name): variable.chunk(_file_chunks(variable), token=uuid.uuid4().hex)
         for name, variable in dataset.data_vars.items()
         if variable.ndim and variable.chunks is None
     }

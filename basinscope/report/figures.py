@@ -190,9 +190,10 @@ def _shift(
     tree: xr.DataTree, name: str, at_checkpoint: np.ndarray | None
 ) -> tuple[np.ndarray, str]:
     """Shift per (batch, token_pos) in nats, and what it is measured from."""
-    from basinscope.analysis.stores import finished_chains
+    from basinscope.analysis.stores import open_samples
 
-    losses = finished_chains(tree)[f"loss_{name}"]
+    opened = open_samples(tree)
+    losses = opened.tree.dataset[f"loss_{name}"].isel(chain=list(opened.chains))
     means = xr.Dataset(
         {
             "draws": losses.mean(["chain", "draw"], dtype="float64"),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from basinscope.io.dims import observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
 
 OBSERVABLE_TOKENS = 2048  # tokens that one forward without gradients takes at a time
@@ -104,18 +105,6 @@ def read_observables(
         rows = observable_rows(num_rows, count, seed)
         found[obs_id] = Observable(name, obs_id, read_rows(dataset, rows), rows, batches)
     return list(found.values())
-
-
-def observable_id(name: str) -> str:
-    """Make an observable's name fit for a variable name.
-
-    Examples
-    --------
-    >>> observable_id("pile/github"), observable_id("2nd set")
-    ('pile_github', '_2nd_set')
-    """
-    cleaned = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
-    return f"_{cleaned}" if cleaned[0].isdigit() else cleaned
 
 
 class ObservableEvaluator:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from basinscope.io.dims import observable_id
 from basinscope.sampling import observables as module
 from basinscope.sampling.data import observable_rows
 from basinscope.sampling.job import next_token_loss
 from basinscope.sampling.observables import (
     Observable,
     ObservableEvaluator,
-    observable_id,
     read_observables,
 )
 from tests.conftest import token_rows

@@ -1,0 +1,325 @@
+"""Susceptibilities: how the loss of a token responds when only a part of the model moves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from dask.delayed import delayed
+
+from basinscope.analysis.llc import choose_observables
+from basinscope.analysis.means import loss_traces
+from basinscope.analysis.memory import parse_memory_limit
+from basinscope.analysis.plan import AMPLIFIED, Layout, Plan, plan_susceptibilities, workers
+from basinscope.analysis.stores import Part, Samples, chunks_of, cut, open_samples, unread
+from basinscope.io.dims import observable_id
+from basinscope.io.results import write_result
+
+FULL = "full"  # the run that moved all weights
+BLOCK_BYTES = 2**27  # about what one task reads
+MAY_DIFFER = {  # settings that leave the comparison of two runs fair
+    "init_seed", "num_init_loss_batches", "save_metrics", "save_sampling_input_ids",
+    "loss_keep_bits", "cores",
+}  # fmt: skip
+
+
+def compute_susceptibilities(
+    wr_map: Mapping[str, xr.DataTree | str | os.PathLike[str]],
+    sampling_task: str,
+    observable_names: Sequence[str] | None = None,
+    include_sampling_task: bool = False,
+    *,
+    output_path: str | os.PathLike[str] | None = None,
+    allow_incomplete: bool = False,
+    memory_limit: int | str | None = None,
+) -> xr.DataTree:
+    """Estimate the susceptibility of every token's loss to every weight restriction.
+
+    With P the mean loss on the sampling task at a draw of the restricted run, φ = P - mean
+    ``init_loss`` of "full", and ℓ the loss of a token,
+
+        sus = E[φ P] - E[φ ℓ] - E[φ] (mean of the task's loss in "full" - E_full[ℓ]),
+
+    after Baker et al. (2025), "Structural inference: interpreting small language models with
+    susceptibilities", arXiv:2504.18274, appendix C.4. Every store is read once, chunk by chunk
+    (the task's losses twice where the task is an observable too).
+
+    Parameters
+    ----------
+    wr_map : mapping of str to DataTree or path
+        A store for each weight restriction; "full" is the run without one.
+    sampling_task : str
+        The observable on the data that was sampled on.
+    observable_names : sequence of str, optional
+        Observables whose tokens are asked about. Default: all but the task.
+    include_sampling_task : bool
+        Ask about the task's tokens too, where ``observable_names`` is not given.
+    output_path : path, optional
+        Compute now and write to a Zarr store; the same call continues a stopped one.
+    allow_incomplete : bool
+        Take what running or interrupted stores record as written.
+    memory_limit : int or str, optional
+        Bytes, or such as "2GiB". Default: half of the free memory.
+
+    Returns
+    -------
+    xr.DataTree
+        Lazy. ``/susceptibilities``: ``sus (sus_flat, wr)``, float64, in nats², with coordinates
+        ``dataset_id``, ``batch``, ``target_position`` (from 1) along ``sus_flat``.
+        ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``, ``position`` (from
+        0). Attribute ``dataset_id_to_name`` of both names the observables, sorted.
+
+    Raises
+    ------
+    ValueError
+        If "full" is missing, an observable is unknown, or stores differ in their settings or their
+        observables; names both sides. Token ids that differ are found when they are read.
+    PlanError
+        If the memory does not suffice.
+
+    Warns
+    -----
+    UserWarning
+        If chains are left out; names them.
+    """
+    if FULL not in wr_map:
+        raise ValueError(
+            f"wr_map lacks {FULL!r}, the run without a restriction; it has {', '.join(wr_map)}"
+        )
+    restrictions = [name for name in wr_map if name != FULL]
+    if not restrictions:
+        raise ValueError(f"wr_map has {FULL!r} only: add a store for each weight restriction")
+    stores = {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
+    task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
+    for name in restrictions:
+        _require_alike(stores[FULL], FULL, stores[name], name, [task, *probes])
+    _plan(stores, task, probes).validate(parse_memory_limit(memory_limit))
+
+    full = stores[FULL]
+    init_loss = da.mean(full.init_loss(), dtype="float64")
+    of_task = {name: _Task(store, task, init_loss) for name, store in stores.items()}
+    columns: dict[str, list[da.Array]] = {name: [] for name in restrictions}
+    for obs_id in probes:
+        for rows in _row_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
+            full_mean = delayed(_mean_losses)(_cut_rows(full, obs_id, rows))
+            for name in restrictions:
+                block = delayed(_susceptibility)(
+                    _cut_rows(stores[name], obs_id, rows),
+                    of_task[name].arguments, of_task[FULL].mean, full_mean,
+                )  # fmt: skip
+                size = (rows.stop - rows.start) * full.tree.dataset[f"loss_{obs_id}"].shape[3]
+                columns[name].append(da.from_delayed(block, (size,), np.float64))
+    sus = da.stack([da.concatenate(columns[name]) for name in restrictions], axis=1)
+    result = _flattened(stores, restrictions, probes, sus)
+    if output_path is None:
+        return result
+    settings = {
+        "susceptibilities": {"task": task, "observables": probes, "restrictions": restrictions},
+        "sources": {
+            name: {"created_at": store.tree.attrs.get("created_at"), "draws": list(store.draws)}
+            for name, store in stores.items()
+        },
+        "sampler": full.sampler,
+    }
+    return write_result(result, output_path, settings)
+
+
+def plan_of_susceptibilities(
+    wr_map: Mapping[str, xr.DataTree | str | os.PathLike[str]],
+    sampling_task: str,
+    observable_names: Sequence[str] | None = None,
+    include_sampling_task: bool = False,
+    *,
+    allow_incomplete: bool = False,
+) -> Plan:
+    """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only."""
+    stores = {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
+    return _plan(
+        stores, *_observables(stores, sampling_task, observable_names, include_sampling_task)
+    )
+
+
+def _plan(stores: Mapping[str, Samples], task: str, probes: Sequence[str]) -> Plan:
+    return plan_susceptibilities(
+        [Layout.of(store.losses(f"loss_{task}")) for store in stores.values()],
+        [Layout.of(store.losses(f"loss_{p}")) for store in stores.values() for p in probes],
+        len(stores) - 1,
+    )
+
+
+def _observables(
+    stores: Mapping[str, Samples], task: str, names: Sequence[str] | None, with_task: bool
+) -> tuple[str, list[str]]:
+    """Resolve names to ids that "full" has: the task, and what is asked about, sorted."""
+    full = stores[FULL]
+    (task,) = choose_observables(full, [observable_id(task)])
+    if names is None:
+        probes = [name for name in full.observables if with_task or name != task]
+    else:
+        probes = choose_observables(full, [observable_id(name) for name in names])
+    if not probes:
+        raise ValueError(
+            f"no observable is left to ask about: {full.name} has {', '.join(full.observables)} "
+            f"and {task!r} is the sampling task; pass include_sampling_task=True, or sample with "
+            "another observable"
+        )
+    return task, sorted(set(probes))
+
+
+def _require_alike(
+    full: Samples, full_name: str, other: Samples, name: str, observables: Sequence[str]
+) -> None:
+    """Compare settings and shapes of two stores; token ids are compared when they are read."""
+    differences = []
+    for group in ("sampler", "model", "datasets"):
+        ours, theirs = full.config.get(group, {}), other.config.get(group, {})
+        differences += [
+            f"{group} {key}: {ours[key]!r} in {full_name!r}, {theirs[key]!r} in {name!r}"
+            for key in sorted(ours.keys() & theirs.keys())
+            if ours[key] != theirs[key] and key not in MAY_DIFFER
+        ]
+    for obs_id in observables:
+        if obs_id not in other.observables:
+            differences.append(
+                f"observable {obs_id!r}: in {full_name!r}, not in {name!r}, which has "
+                f"{', '.join(other.observables)}"
+            )
+            continue
+        shapes = [store.tree.dataset[f"loss_{obs_id}"].shape[2:] for store in (full, other)]
+        if shapes[0] != shapes[1]:
+            differences.append(
+                f"(sequences, tokens) of {obs_id!r}: {shapes[0]} in {full_name!r}, {shapes[1]} in "
+                f"{name!r}"
+            )
+    if differences:
+        raise ValueError(
+            "stores of a set of restrictions must be sampled with the same settings; these "
+            "differ:\n  " + "\n  ".join(differences)
+        )
+
+
+class _Task:
+    """The mean loss on the task at every draw of a run, and what follows from it."""
+
+    def __init__(self, samples: Samples, task: str, init_loss: da.Array) -> None:
+        traces, _ = loss_traces(samples.losses(f"loss_{task}"))
+        self.mean = da.concatenate(traces).mean()
+        phi = [trace - init_loss for trace in traces]
+        joined = da.concatenate(phi)
+        self.arguments = (phi, joined.mean(), (joined * da.concatenate(traces)).mean())
+
+
+def _row_blocks(layout: Layout) -> list[slice]:
+    """Cut sequences so that a task reads whole chunks, about BLOCK_BYTES of them."""
+    count = layout.shape[2]
+    per_sequence = max(1, layout.nbytes // count)
+    wanted = max(1, min(BLOCK_BYTES // per_sequence, -(-count // workers())))
+    block = -(-wanted // layout.chunk[2]) * layout.chunk[2]
+    bounds = [*range(0, count, block), count]
+    read = sum(layout.bytes_of(np.arange(a, b)) for a, b in pairwise(bounds))
+    if read > AMPLIFIED * layout.nbytes:
+        bounds = [0, count]
+    return [slice(a, b) for a, b in pairwise(bounds)]
+
+
+def _cut_rows(samples: Samples, obs_id: str, rows: slice) -> list[Part]:
+    return [cut(part, slice(None), rows) for part in samples.losses(f"loss_{obs_id}")]
+
+
+def _mean_losses(parts: list[Any]) -> np.ndarray:
+    """Average over (chain, draw), in float64: (sequences, token_pos)."""
+    ones = [np.ones(part.shape[1]) for part in parts]
+    return _weighted_mean(parts, ones)
+
+
+def _weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
+    """Average weight times loss over (chain, draw), in float64: (sequences, token_pos)."""
+    total = np.zeros(parts[0].shape[2:])
+    for part, weight in zip(parts, weights, strict=True):
+        for (_, row, sequence, token), values in chunks_of(part):
+            total[sequence, token] += np.einsum(
+                "d,dbt->bt", weight[row], values[0].astype(np.float64)
+            )
+    return total / sum(map(len, weights))
+
+
+def _susceptibility(
+    parts: list[Any],
+    of_task: tuple[list[np.ndarray], float, float],
+    full_task_mean: float,
+    full_mean: np.ndarray,
+) -> np.ndarray:
+    phi, mean_phi, mean_phi_loss = of_task
+    covaried = _weighted_mean(parts, phi)
+    return (mean_phi_loss - covaried - mean_phi * (full_task_mean - full_mean)).ravel()
+
+
+def _flattened(
+    stores: Mapping[str, Samples], restrictions: list[str], probes: list[str], sus: da.Array
+) -> xr.DataTree:
+    """Lay susceptibilities and contexts out flat, (batch, position) row-major per observable."""
+    full = stores[FULL]
+    names = {"dataset_id_to_name": probes}
+    shapes = [full.tree.dataset[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
+    sizes = [full.tree.dataset[f"input_ids_{obs_id}"].shape for obs_id in probes]
+    ids = [
+        da.from_delayed(
+            delayed(_checked_ids)(
+                obs_id,
+                {name: unread(s.tree.dataset[f"input_ids_{obs_id}"]) for name, s in stores.items()},
+            ),
+            (size[0] * size[1],),
+            full.tree.dataset[f"input_ids_{obs_id}"].dtype,
+        )
+        for obs_id, size in zip(probes, sizes, strict=True)
+    ]
+    first = xr.Variable(
+        ("sus_flat", "wr"), sus,
+        {"long_name": "susceptibility of a token's loss to a weight restriction", "units": "nats2"},
+    )  # fmt: skip
+    context = xr.Variable(
+        "ctx_flat", da.concatenate(ids), {"long_name": "token ids of the sequences", "units": "1"}
+    )
+    flat = xr.Coordinates(_flat_coordinates("sus_flat", shapes, "target_position", 1), indexes={})
+    return xr.DataTree.from_dict(
+        {
+            "/": xr.Dataset(attrs=full.provenance),
+            "/susceptibilities": xr.Dataset(
+                {"sus": first}, flat.merge(xr.Coordinates({"wr": restrictions})).coords, names
+            ),
+            "/context": xr.Dataset(
+                {"input_ids": context},
+                xr.Coordinates(_flat_coordinates("ctx_flat", sizes, "position", 0), indexes={}),
+                names,
+            ),
+        }
+    )
+
+
+def _flat_coordinates(
+    dim: str, shapes: Sequence[tuple[int, ...]], position: str, origin: int
+) -> dict[str, tuple[str, np.ndarray]]:
+    columns: dict[str, list[np.ndarray]] = {"dataset_id": [], "batch": [], position: []}
+    for dataset, (sequences, tokens) in enumerate(shapes):
+        columns["dataset_id"].append(np.full(sequences * tokens, dataset))
+        columns["batch"].append(np.repeat(np.arange(sequences), tokens))
+        columns[position].append(np.tile(np.arange(origin, origin + tokens), sequences))
+    return {name: (dim, np.concatenate(parts)) for name, parts in columns.items()}
+
+
+def _checked_ids(obs_id: str, ids: dict[str, np.ndarray]) -> np.ndarray:
+    """Give the token ids of an observable, the same in every store."""
+    full = ids[FULL]
+    for name, other in ids.items():
+        if not np.array_equal(full, other):
+            at = np.argwhere(full != other)[0].tolist() if full.shape == other.shape else "shape"
+            raise ValueError(
+                f"token ids of observable {obs_id!r} differ between {FULL!r} and {name!r} (first "
+                f"at {at}): sample every restriction with the same observables and obs_seed"
+            )
+    return full.ravel()

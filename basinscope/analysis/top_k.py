@@ -1,0 +1,148 @@
+"""The strongest partners of each query token, found in one pass over the candidates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from basinscope.analysis.plan import QUERY_PANEL
+from basinscope.analysis.products import product
+from basinscope.analysis.traces import gather_traces, standardise
+
+DEPTH = 64  # products that are looked at through their largest one first
+
+
+class Partners(NamedTuple):
+    """Partners of queries, the strongest first; both signs, (sign, query, rank).
+
+    Attributes
+    ----------
+    values : np.ndarray, float32
+        Influences; NaN where there are fewer partners of that sign.
+    sequences, tokens : np.ndarray, int64
+        Where the partner stands; -1 where there is none. Tokens count from 1.
+    """
+
+    values: np.ndarray
+    sequences: np.ndarray
+    tokens: np.ndarray
+
+
+def query_traces(
+    tokens: tuple[np.ndarray, np.ndarray], covariance: bool, *block: Any
+) -> np.ndarray:
+    """Gather the standardised traces of single tokens.
+
+    Parameters
+    ----------
+    tokens : tuple of np.ndarray
+        Sequence (in the block) and token of each query.
+    covariance : bool
+    *block
+        Of :meth:`basinscope.analysis.traces.Traces.block`.
+
+    Returns
+    -------
+    np.ndarray (queries, samples), float32
+    """
+    return standardise(gather_traces(*block)[tokens], covariance)
+
+
+def best_partners(
+    queries: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    rows: np.ndarray,
+    k: int,
+    covariance: bool,
+    device: str | None,
+    *block: Any,
+) -> Partners:
+    """Find the strongest partners of queries among one block of candidates.
+
+    Parameters
+    ----------
+    queries : np.ndarray (queries, samples)
+        Standardised traces.
+    places : tuple of np.ndarray (queries,)
+        Sequence and token of each query, which is no partner of itself.
+    rows : np.ndarray (sequences,)
+        Numbers of the candidates' sequences.
+    k : int
+        Partners of each sign.
+    *block
+        Of :meth:`basinscope.analysis.traces.Traces.block`, the candidates.
+    """
+    traces = standardise(gather_traces(*block), covariance)
+    _, tokens, samples = traces.shape
+    candidates = traces.reshape(-1, samples)
+    candidates[np.isnan(candidates[:, 0])] = 0  # of no variance: nobody's partner
+    found = []
+    for first in range(0, len(queries), QUERY_PANEL):
+        panel = slice(first, first + QUERY_PANEL)
+        products = product(queries[panel], candidates, device)
+        for query, (sequence, token) in enumerate(
+            zip(places[0][panel], places[1][panel], strict=True)
+        ):
+            products[query, np.flatnonzero(rows == sequence) * tokens + token] = 0
+        found.append([strongest(products, k, sign) for sign in (1, -1)])
+    values = np.concatenate([np.stack([v for v, _ in signs]) for signs in found], axis=1)
+    columns = np.concatenate([np.stack([c for _, c in signs]) for signs in found], axis=1)
+    absent = columns < 0
+    return Partners(
+        values,
+        np.where(absent, -1, rows[columns // tokens]),
+        np.where(absent, -1, columns % tokens + 1),
+    )
+
+
+def merge_partners(parts: list[Partners], k: int) -> Partners:
+    """Keep the strongest of several blocks' partners; equal ones in the order of their place."""
+    values, sequences, tokens = (
+        np.concatenate(field, axis=2) for field in zip(*parts, strict=True)
+    )
+    strength = np.where(np.isnan(values), -np.inf, np.abs(values))
+    order = np.lexsort((tokens, sequences, -strength), axis=2)[:, :, :k]
+    return Partners(
+        *(np.take_along_axis(field, order, axis=2) for field in (values, sequences, tokens))
+    )
+
+
+def strongest(products: np.ndarray, k: int, sign: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the k largest positive entries of each row, or the k lowest negative ones.
+
+    The k largest of a row lie in the k groups with the largest maxima, so most of a row is only
+    looked at once, for its groups' maxima.
+
+    Parameters
+    ----------
+    products : np.ndarray (rows, columns)
+    sign : 1 or -1
+
+    Returns
+    -------
+    values, columns : np.ndarray (rows, k)
+        The strongest first; NaN and -1 where a row has fewer of that sign.
+    """
+    rows, columns = products.shape
+    width = columns // DEPTH
+    if width > k:
+        grouped = products[:, : DEPTH * width].reshape(rows, DEPTH, width)
+        peaks = grouped.max(axis=1) if sign > 0 else -grouped.min(axis=1)
+        groups = np.argpartition(peaks, width - k, axis=1)[:, width - k :]
+        looked_at = (groups[:, None, :] + width * np.arange(DEPTH)[None, :, None]).reshape(rows, -1)
+        rest = np.broadcast_to(np.arange(DEPTH * width, columns), (rows, columns - DEPTH * width))
+        looked_at = np.concatenate([looked_at, rest], axis=1)
+    else:
+        looked_at = np.broadcast_to(np.arange(columns), (rows, columns))
+    strength = sign * np.take_along_axis(products, looked_at, axis=1)
+    strength = np.where(strength > 0, strength, -np.inf)
+    order = np.lexsort((looked_at, -strength), axis=1)[:, :k]
+    best = np.take_along_axis(strength, order, axis=1)
+    where = np.take_along_axis(looked_at, order, axis=1)
+    values = np.full((rows, k), np.nan, np.float32)
+    at = np.full((rows, k), -1, np.int64)
+    none = best == -np.inf
+    values[:, : best.shape[1]] = np.where(none, np.nan, sign * best)
+    at[:, : best.shape[1]] = np.where(none, -1, where)
+    return values, at

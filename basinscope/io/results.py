@@ -1,0 +1,168 @@
+"""Results that are written block by block, and continued where they were stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import dask.base
+import numpy as np
+import xarray as xr
+import zarr
+from dask.delayed import Delayed, delayed
+from dask.diagnostics.progress import ProgressBar
+from zarr.codecs import Crc32cCodec
+
+from basinscope.io.store import now, require_same_settings
+
+
+def write_result(
+    result: xr.DataTree, path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> xr.DataTree:
+    """Compute a lazy result into a Zarr store, one chunk for each block of it.
+
+    A block is written whole or not at all, so the same call after any stop computes those that
+    are missing. Every chunk carries a CRC32C.
+
+    Parameters
+    ----------
+    result : xr.DataTree
+        Dask-backed where it is large.
+    path : path
+    settings : mapping
+        What decides the numbers; kept as attribute ``settings``.
+
+    Returns
+    -------
+    xr.DataTree
+        The store, opened lazily.
+
+    Raises
+    ------
+    ValueError
+        If ``path`` holds something else.
+    StoreMismatchError
+        If it holds a result of other settings; names each that differs.
+    """
+    path = Path(path)
+    result = result.map_over_datasets(_storable)
+    if path.exists():
+        _require_same_result(path, settings)
+    else:
+        _create(path, result, settings)
+    if zarr.open_group(path, mode="r").attrs.get("completed") != 1:
+        missing = list(_missing_blocks(path, result))
+        with progress_bar():
+            dask.base.compute(*missing)
+        zarr.open_group(path, mode="r+").update_attributes({"completed": 1, "finished_at": now()})
+    return xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
+
+
+def progress_bar() -> Any:
+    """Show progress on a terminal, and nothing in a log."""
+    return ProgressBar(out=sys.stderr, minimum=1.0) if sys.stderr.isatty() else nullcontext()
+
+
+def digest(values: np.ndarray) -> str:
+    """Name an array by its shape and a hash of its values."""
+    data = np.ascontiguousarray(values)
+    return f"{data.dtype}{data.shape} sha256 {hashlib.sha256(data.tobytes()).hexdigest()[:16]}"
+
+
+def _storable(dataset: xr.Dataset) -> xr.Dataset:
+    """Make all blocks of a variable equally large, but those at the end, as Zarr has them."""
+    uneven = {
+        str(name): variable.copy(data=variable.data.rechunk(tuple(map(max, variable.data.chunks))))
+        for name, variable in dataset.data_vars.items()
+        if isinstance(variable.data, da.Array)
+        and any(len(set(sizes[:-1])) > 1 or sizes[-1] > sizes[0] for sizes in variable.data.chunks)
+    }
+    named = {  # text of a fixed length has no place in the Zarr v3 specification
+        name: coordinate.astype(object)
+        for name, coordinate in dataset.coords.items()
+        if coordinate.dtype.kind == "U"
+    }
+    return dataset.assign(uneven).assign_coords(named)
+
+
+def _require_same_result(path: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        stored: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
+    except (FileNotFoundError, ValueError):
+        stored = {}
+    if "settings" not in stored:
+        raise ValueError(
+            f"{path} exists and is no result of this kind: it is left as it is; choose another "
+            "output_path"
+        )
+    require_same_settings(path, stored["settings"], settings)
+
+
+def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> None:
+    """Write metadata, coordinates and small variables, then move them into place in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    described = result.copy()
+    described.attrs = {**result.attrs, "settings": dict(settings), "created_at": now()}
+    try:
+        described.to_zarr(
+            draft,
+            compute=False,
+            consolidated=False,
+            zarr_format=3,
+            encoding={
+                group: {
+                    name: {
+                        "chunks": tuple(sizes[0] for sizes in variable.data.chunks),
+                        "compressors": [Crc32cCodec()],
+                        "fill_value": np.nan if variable.dtype.kind == "f" else 0,
+                    }
+                    for name, variable in variables.items()
+                }
+                for group, variables in _lazy_variables(result)
+            },
+        )
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _lazy_variables(result: xr.DataTree) -> Iterator[tuple[str, dict[str, xr.DataArray]]]:
+    for node in result.subtree:
+        yield (
+            node.path,
+            {
+                str(name): variable
+                for name, variable in node.dataset.data_vars.items()
+                if isinstance(variable.data, da.Array) and variable.ndim
+            },
+        )
+
+
+def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
+    for group, variables in _lazy_variables(result):
+        for name, variable in variables.items():
+            where = path / group.strip("/") / name
+            for index in product(*map(range, variable.data.numblocks)):
+                file = where.joinpath("c", *map(str, index))
+                if not file.exists():
+                    yield delayed(_write_block)(str(where), index, variable.data.blocks[index])
+
+
+def _write_block(path: str, index: tuple[int, ...], values: np.ndarray) -> None:
+    array = zarr.open_array(path, mode="r+", config={"write_empty_chunks": True})
+    array[
+        tuple(
+            slice(i * n, i * n + m)
+            for i, n, m in zip(index, array.chunks, values.shape, strict=True)
+        )
+    ] = values

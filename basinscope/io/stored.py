@@ -1,0 +1,322 @@
+"""Reading parts of a stored array: only the chunks that are needed, in the calling thread.
+
+zarr-python decodes behind one event loop, for which threads that read side by side wait: two of
+them read slower than one. Here every thread reads and decodes by itself, so the tasks of a Dask
+graph scale with the cores, and one chunk at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import blosc, zstd
+from zarr.codecs import (
+    BloscCodec,
+    BytesCodec,
+    Crc32cCodec,
+    ShardingCodec,
+    ShardingCodecIndexLocation,
+    TransposeCodec,
+    ZstdCodec,
+)
+from zarr.core.chunk_key_encodings import DefaultChunkKeyEncoding
+
+CHECKSUM_BYTES = 4  # of a CRC32C behind what it covers
+NEVER_WRITTEN = np.iinfo(np.uint64).max  # what a shard's index holds for an absent chunk
+
+
+class DamagedStoreError(ValueError):
+    """A store does not hold what was written to it."""
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """A part of an array on disk; reads like an array, and can be sent to another process.
+
+    Attributes
+    ----------
+    path : str
+        Directory of the array.
+    start, stop : tuple of int
+        Bounds of this part in the array.
+    file_shape, chunk_shape : tuple of int
+        Extent of one file, and of what is decoded at once.
+    sharded : bool
+        Whether a file is a shard: many chunks and their index.
+    dtype, fill_value
+        Of the values; a chunk that was never written reads as ``fill_value``.
+    order : tuple of int or None
+        Axes in the order in which a chunk is laid out, if it is not row-major.
+    filters : tuple of str
+        ``crc32c``, ``blosc``, ``zstd``: what has to be undone, outermost first.
+    separator : str
+        Between the numbers in a file's name.
+    must_exist : bool
+        Whether a chunk that was never written is an error.
+    """
+
+    path: str
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    sharded: bool
+    dtype: np.dtype[Any]
+    fill_value: Any
+    order: tuple[int, ...] | None
+    filters: tuple[str, ...]
+    separator: str
+    must_exist: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in zip(self.start, self.stop, strict=True))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.start)
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def part(self, *bounds: slice) -> StoredArray:
+        """Narrow to contiguous bounds, one slice for each of the first axes; reads nothing."""
+        start, stop = list(self.start), list(self.stop)
+        for axis, bound in enumerate(bounds):
+            first, last, step = bound.indices(self.shape[axis])
+            if step != 1:
+                raise ValueError(f"a part has no gaps: got {bound}")
+            start[axis], stop[axis] = self.start[axis] + first, self.start[axis] + max(first, last)
+        return replace(self, start=tuple(start), stop=tuple(stop))
+
+    def written(self) -> StoredArray:
+        """Make a chunk that was never written an error instead of a fill value."""
+        return replace(self, must_exist=True)
+
+    def chunks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """Decode what this part needs, a chunk at a time, file by file.
+
+        Yields
+        ------
+        place : tuple of slice
+            Where the values stand in this part.
+        values : np.ndarray
+            Not to be written to, and not always contiguous.
+
+        Raises
+        ------
+        DamagedStoreError
+            If a chunk fails its checksum or cannot be decoded, or is absent and ``must_exist``.
+        """
+        for file_index in _cells(self.start, self.stop, self.file_shape):
+            corner = [i * n for i, n in zip(file_index, self.file_shape, strict=True)]
+            first = [max(0, a - o) for a, o in zip(self.start, corner, strict=True)]
+            last = [
+                min(n, b - o) for b, o, n in zip(self.stop, corner, self.file_shape, strict=True)
+            ]
+            with _ChunkFile(self, file_index) as file:
+                for index in _cells(first, last, self.chunk_shape):
+                    values = file.chunk(index)
+                    place, inside = [], []
+                    for axis, extent in enumerate(self.chunk_shape):
+                        low = corner[axis] + index[axis] * extent
+                        begin = max(self.start[axis], low)
+                        end = min(self.stop[axis], low + extent)
+                        place.append(slice(begin - self.start[axis], end - self.start[axis]))
+                        inside.append(slice(begin - low, end - low))
+                    yield tuple(place), values[tuple(inside)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        for place, chunk in self.chunks():
+            values[place] = chunk
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Read what a basic index spans; whatever else it asks for is taken from that."""
+        index = index if isinstance(index, tuple) else (index,)
+        if any(item is Ellipsis or item is None for item in index):
+            return np.asarray(self)[index]
+        spans = [
+            item if isinstance(item, slice) and item.step in (None, 1) else slice(None)
+            for item in index
+        ]
+        rest = [
+            slice(None) if isinstance(item, slice) and item.step in (None, 1) else item
+            for item in index
+        ]
+        return np.asarray(self.part(*spans))[tuple(rest)]
+
+
+def open_stored(path: Path) -> StoredArray | None:
+    """Open an array for reading in parts.
+
+    Returns
+    -------
+    StoredArray or None
+        None where only zarr-python can read it: a layout or a codec that sampling stores do not
+        use.
+    """
+    array = zarr.open_array(path, mode="r")
+    metadata = array.metadata
+    if metadata.zarr_format != 3 or not array.ndim:
+        return None
+    if not isinstance(metadata.chunk_key_encoding, DefaultChunkKeyEncoding):
+        return None
+    codecs: Sequence[Any] = metadata.codecs
+    sharded = isinstance(codecs[0], ShardingCodec)
+    if sharded:
+        shard: Any = codecs[0]
+        index = [type(codec) for codec in shard.index_codecs]
+        at_end = shard.index_location == ShardingCodecIndexLocation.end
+        if len(codecs) > 1 or index != [BytesCodec, Crc32cCodec] or not at_end:
+            return None
+        codecs = shard.codecs
+    order, filters = None, []
+    for codec in codecs:
+        if isinstance(codec, TransposeCodec):
+            order = tuple(codec.order)
+        elif isinstance(codec, BytesCodec):
+            if codec.endian is not None and codec.endian.value != "little":
+                return None
+        elif type(codec) in _FILTERS:
+            filters.append(_FILTERS[type(codec)])
+        else:
+            return None
+    return StoredArray(
+        path=str(path),
+        start=(0,) * array.ndim,
+        stop=array.shape,
+        file_shape=array.shards or array.chunks,
+        chunk_shape=array.chunks,
+        sharded=sharded,
+        dtype=array.dtype,
+        fill_value=metadata.fill_value,
+        order=order,
+        filters=tuple(reversed(filters)),
+        separator=metadata.chunk_key_encoding.separator,
+    )
+
+
+_FILTERS = {BloscCodec: "blosc", ZstdCodec: "zstd", Crc32cCodec: "crc32c"}
+
+
+def _cells(
+    start: Sequence[int], stop: Sequence[int], extent: Sequence[int]
+) -> Iterator[tuple[int, ...]]:
+    """Number the cells of a regular grid that the box from ``start`` to ``stop`` touches."""
+    ranges = [
+        range(a // n, -(-b // n)) if b > a else range(0)
+        for a, b, n in zip(start, stop, extent, strict=True)
+    ]
+    return product(*ranges)
+
+
+class _ChunkFile:
+    """One file of an array, open for reading."""
+
+    def __init__(self, array: StoredArray, index: tuple[int, ...]) -> None:
+        self.array = array
+        self.name = os.path.join(array.path, "c", array.separator.join(map(str, index)))
+        self.descriptor: int | None = None
+        self.spans: np.ndarray | None = None  # (chunks..., 2): offset and bytes, of a shard
+
+    def __enter__(self) -> _ChunkFile:
+        try:
+            self.descriptor = os.open(self.name, os.O_RDONLY)
+        except FileNotFoundError:
+            return self
+        try:
+            if self.array.sharded:
+                self.spans = self._shard_index()
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+
+    def chunk(self, index: tuple[int, ...]) -> np.ndarray:
+        """Read and decode one chunk, counted from the start of the file."""
+        array = self.array
+        span = self._span(index)
+        if span is None:
+            if array.must_exist:
+                raise DamagedStoreError(
+                    f"{self.name} lacks chunk {index}, although the store records it as written: "
+                    "restore the store from a copy, or sample it anew"
+                )
+            return np.broadcast_to(np.asarray(array.fill_value, array.dtype), array.chunk_shape)
+        assert self.descriptor is not None
+        try:
+            return decode(os.pread(self.descriptor, span[1], span[0]), array)
+        except (ValueError, RuntimeError) as error:
+            raise self._damaged(f"its chunk {index} cannot be decoded: {error}") from error
+
+    def _span(self, index: tuple[int, ...]) -> tuple[int, int] | None:
+        if self.descriptor is None:
+            return None
+        if self.spans is None:
+            return 0, os.fstat(self.descriptor).st_size
+        offset, size = self.spans[index]
+        return None if offset == NEVER_WRITTEN else (int(offset), int(size))
+
+    def _shard_index(self) -> np.ndarray:
+        assert self.descriptor is not None
+        counts = [
+            n // m for n, m in zip(self.array.file_shape, self.array.chunk_shape, strict=True)
+        ]
+        wanted = 16 * int(np.prod(counts)) + CHECKSUM_BYTES
+        size = os.fstat(self.descriptor).st_size
+        if size < wanted:
+            raise self._damaged(f"its {size} bytes are fewer than its index takes ({wanted})")
+        try:
+            index = _without_checksum(os.pread(self.descriptor, wanted, size - wanted))
+        except ValueError as error:
+            raise self._damaged(f"its index cannot be read: {error}") from error
+        return np.frombuffer(index, "<u8").reshape(*counts, 2)
+
+    def _damaged(self, what: str) -> DamagedStoreError:
+        return DamagedStoreError(
+            f"{self.name} is damaged: {what}. Restore the store from a copy, or sample it anew"
+        )
+
+
+def decode(encoded: bytes, array: StoredArray) -> np.ndarray:
+    """Undo the codecs of one chunk.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If the bytes are not what was written.
+    """
+    data: Any = memoryview(encoded)
+    for name in array.filters:
+        if name == "crc32c":
+            data = _without_checksum(data)
+        else:
+            data = (blosc if name == "blosc" else zstd).decompress(data)
+    values = np.frombuffer(data, array.dtype.newbyteorder("<"))
+    if array.order is None:
+        return values.reshape(array.chunk_shape)
+    laid_out = values.reshape([array.chunk_shape[axis] for axis in array.order])
+    return laid_out.transpose(np.argsort(array.order))
+
+
+def _without_checksum(data: Any) -> memoryview:
+    data = memoryview(data)
+    body, stored = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+    if google_crc32c.value(body.tobytes()) != int.from_bytes(stored, "little"):
+        raise ValueError("its checksum (CRC32C) differs")
+    return body
