@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from basinscope.analysis.bif import compute_bif
     from basinscope.analysis.llc import compute_llc
     from basinscope.analysis.susceptibilities import compute_susceptibilities
-    from basinscope.api import llc
+    from basinscope.api import bif, llc, plan, susceptibilities
     from basinscope.io.store import open_store
     from basinscope.sampling.sample import sample
     from basinscope.sampling.tokenize import tokenize_and_concatenate
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _HOME = {
     "sample": "basinscope.sampling.sample",
     "llc": "basinscope.api",
+    "bif": "basinscope.api",
+    "susceptibilities": "basinscope.api",
+    "plan": "basinscope.api",
     "compute_llc": "basinscope.analysis.llc",
     "compute_bif": "basinscope.analysis.bif",
     "compute_susceptibilities": "basinscope.analysis.susceptibilities",
@@ -31,12 +34,15 @@ _HOME = {
 
 __all__ = [
     "__version__",
+    "bif",
     "compute_bif",
     "compute_llc",
     "compute_susceptibilities",
     "llc",
     "open_store",
+    "plan",
     "sample",
+    "susceptibilities",
     "tokenize_and_concatenate",
 ]
 

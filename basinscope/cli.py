@@ -1,17 +1,15 @@
-"""The command line: ``basinscope demo | sample | llc | info | doctor``."""
+"""The command line: ``basinscope demo | sample | llc | bif | susceptibilities | info | doctor``."""
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from basinscope import cli_analysis
+from basinscope.report.console import err, out, readable_errors, short_warnings
 
 CHAIN_FAILED = 3  # exit code of a run in which a chain failed
 
@@ -21,8 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
 
 StorePath = Annotated[Path, typer.Argument(help="A sampling store (a .zarr directory).")]
 
@@ -40,7 +36,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Smaller: under 45 seconds.")] = False,
 ) -> None:
     """Train a small language model on Python's own sources, and measure its basin."""
-    with _readable_errors():
+    with readable_errors():
         from basinscope.demo import run_demo
 
         run_demo(directory, quick)
@@ -71,7 +67,7 @@ def sample(
         "device": device,
         "profile": profile,
     }
-    with _readable_errors():
+    with readable_errors():
         from basinscope.sampling.run_file import run_from_file
         from basinscope.sampling.sample import ChainFailedWarning
 
@@ -89,49 +85,15 @@ def sample(
         raise typer.Exit(CHAIN_FAILED)
 
 
-@app.command()
-def llc(
-    store: StorePath,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
-) -> None:
-    """Estimate the local learning coefficient of a store, with its uncertainty."""
-    with _readable_errors(), _short_warnings():
-        from basinscope.analysis.diagnostics import chain_diagnostics
-        from basinscope.analysis.llc import compute_llc
-        from basinscope.report.tables import llc_error, llc_table
-
-        estimate = compute_llc(store).compute()
-        try:
-            diagnostics = chain_diagnostics(estimate["loss_trace"])
-        except ModuleNotFoundError as missing:
-            err.print(f"[yellow]no R-hat:[/] {missing}", soft_wrap=True)
-            diagnostics = None
-        if as_json:
-            figures = {
-                "llc_mean": float(estimate["llc_mean"]),
-                "llc_std": float(estimate["llc_std"]),
-                "llc_error": llc_error(estimate, diagnostics),
-                "llc_per_chain": estimate["llc_per_chain"].to_numpy().tolist(),
-                "init_loss": float(estimate["init_loss"]),
-                "n_beta": float(estimate["n_beta"]),
-            }
-            if diagnostics is not None:
-                figures |= {str(name): float(value) for name, value in diagnostics.items()}
-            print(json.dumps(figures))
-            return
-        out.print(llc_table(estimate, diagnostics))
-        if diagnostics is not None:
-            out.print(
-                f"\nR-hat {float(diagnostics['rhat']):.3f}, effective sample size "
-                f"{float(diagnostics['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
-                "± is the Monte-Carlo standard error; trust it once R-hat is below 1.01."
-            )
+app.command()(cli_analysis.llc)
+app.command()(cli_analysis.bif)
+app.command()(cli_analysis.susceptibilities)
 
 
 @app.command()
 def info(store: StorePath) -> None:
     """Show what a store holds, how large it is, and how far each chain is."""
-    with _readable_errors(), _short_warnings():
+    with readable_errors(), short_warnings():
         from basinscope.io.store import SampleStore, open_store, total_seconds
         from basinscope.report.tables import arrays_table, chains_table, phases_table
 
@@ -161,39 +123,10 @@ def info(store: StorePath) -> None:
 @app.command()
 def doctor() -> None:
     """Show versions, devices, and which kernel path each would use."""
-    with _readable_errors():
+    with readable_errors():
         from basinscope.report.doctor import report
 
         report(out)
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Say in one paragraph what is wrong with the input; keep tracebacks for everything else."""
-    if os.environ.get("BASINSCOPE_TRACEBACK"):
-        yield
-        return
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
-        err.print("[dim]BASINSCOPE_TRACEBACK=1 shows where this was raised.[/]")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        err.print("stopped; the same command continues")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Print warnings without the line of code that raised them."""
-
-    def show(message: object, *_: object, **__: object) -> None:
-        err.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 if __name__ == "__main__":

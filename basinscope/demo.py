@@ -283,16 +283,15 @@ def _report(
     console: Console, tree: xr.DataTree, at_checkpoint: dict[str, np.ndarray], scale: Scale
 ) -> None:
     import basinscope
-    from basinscope.analysis.diagnostics import chain_diagnostics
     from basinscope.report.tables import llc_table
 
     llc = basinscope.compute_llc(tree).compute()
-    settled = llc.loss_trace.isel(step=slice(scale.num_burnin_steps, None))
-    diagnostics = chain_diagnostics(settled)
-    console.print(llc_table(llc, diagnostics))
+    settled = basinscope.compute_llc(tree, burn_in=scale.num_burnin_steps, observables=[])
+    judged = settled[["llc_mcse", "rhat", "ess_bulk"]].compute()
+    console.print(llc_table(llc.assign(llc_mcse=judged.llc_mcse)))
     console.print(
-        f"\nR-hat [bold]{float(diagnostics.rhat):.3f}[/], effective sample size "
-        f"[bold]{float(diagnostics.ess_bulk):.0f}[/], spread between chains "
+        f"\nR-hat [bold]{float(judged.rhat):.3f}[/], effective sample size "
+        f"[bold]{float(judged.ess_bulk):.0f}[/], spread between chains "
         f"[bold]{float(llc.llc_std):.1f}[/]."
     )
     console.print(

@@ -70,7 +70,7 @@ def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
     assert "failed" in invoke("info", folder / "wild.zarr").output
     llc = invoke("llc", folder / "wild.zarr")
     assert llc.exit_code == 2
-    assert "no chain of this store can be analysed" in llc.output.replace("\n", " ")
+    assert "wild.zarr can be analysed: chain 0 failed" in llc.output.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,20 @@ assert set(basinscope.__all__) <= set(dir(basinscope))
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_importing_the_analysis_takes_no_torch_and_under_two_seconds() -> None:
+    code = """
+import sys, time
+start = time.perf_counter()
+import basinscope.analysis, basinscope.analysis.bif, basinscope.analysis.susceptibilities
+import basinscope.analysis.llc
+spent = time.perf_counter() - start
+loaded = {"torch", "numba", "transformers", "datasets"} & set(sys.modules)
+assert not loaded, loaded
+assert spent < 2, spent
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_load() -> None:
     for name in basinscope.__all__:
         assert getattr(basinscope, name) is not None

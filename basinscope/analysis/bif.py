@@ -21,11 +21,11 @@ from basinscope.analysis.top_k import Partners, best_partners, merge_partners, q
 from basinscope.analysis.traces import (
     Traces,
     gather_sequence_traces,
+    gather_token_means,
     gather_traces,
-    mean_over_tokens,
     standardise,
 )
-from basinscope.io.results import digest, write_result
+from basinscope.io.results import begun_chunks, digest, write_result
 
 MERGED_AT_ONCE = 8  # blocks whose partners are merged in one task
 ROW_BLOCK_BYTES = 2**26  # of influences between whole sequences that one task makes
@@ -122,6 +122,9 @@ def compute_bif(
     limit = parse_memory_limit(memory_limit)
     opened = open_samples(samples, allow_incomplete)
     problem = _Problem(opened, options)
+    if options.kind == "token" and batch_size is None and output_path is not None:
+        begun = begun_chunks(output_path, "influences")
+        batch_size = max(begun[:2]) if begun else None
     plan, blocks = plan_influence(problem.size, limit, batch_size)
     plan.validate(limit)
     if blocks.copied:
@@ -131,8 +134,10 @@ def compute_bif(
     result.attrs = opened.provenance
     if output_path is None:
         return result
-    source = {"store": opened.tree.attrs.get("created_at"), "metadata": opened.sampler}
-    settings = {"bif": options.settings(), "draws": list(opened.draws), "source": source}
+    settings = {
+        "bif": options.settings(),
+        "source": opened.identity([f"loss_{key}" for key in problem.keys]),
+    }
     return write_result(xr.DataTree(result), output_path, settings).to_dataset()
 
 
@@ -232,10 +237,12 @@ class _Problem:
         count = self.traces.sequences
         self.rows_1 = _rows(options.batch_index_range_1, count, "batch_index_range_1")
         self.rows_2 = _rows(options.batch_index_range_2, count, "batch_index_range_2")
+        if options.top_k is not None:  # a candidate that is given twice is one partner
+            self.rows_2 = np.unique(self.rows_2)
         self.queries = _query_tokens(options.queries, self.rows_1, count, self.traces.tokens)
         self.size = Influence(
             self.traces.layouts, self.rows_1, self.rows_2, self.traces.samples, options.kind,
-            len(self.queries[0]), options.top_k or 0,
+            len(self.queries[0]), options.top_k or 0, mean,
         )  # fmt: skip
 
 
@@ -300,10 +307,33 @@ def _held_block(
     right: list[tuple[slice, np.ndarray]],
     device: str | None,
 ) -> np.ndarray:
-    """Multiply traces that are held: (sequences, sequences, token_pos, token_pos)."""
-    sides = [[traces[at] for at, traces in side] for side in (left, right)]
-    tokens = sides[0][0].shape[1]
-    rows_1, rows_2 = ([part.reshape(-1, part.shape[2]) for part in side] for side in sides)
+    rows_1, rows_2 = ([traces[at] for at, traces in side] for side in (left, right))
+    return multiply_traces(rows_1, rows_2, device)
+
+
+def _read_block(
+    block_1: tuple[Any, ...], block_2: tuple[Any, ...], covariance: bool, device: str | None
+) -> np.ndarray:
+    left, right = (_standardised(covariance, *block) for block in (block_1, block_2))
+    return multiply_traces([left], [right], device)
+
+
+def multiply_traces(
+    left: list[np.ndarray], right: list[np.ndarray], device: str | None = None
+) -> np.ndarray:
+    """Multiply standardised traces, each side in parts that follow one another.
+
+    Parameters
+    ----------
+    left, right : list of np.ndarray (sequences, token_pos, samples)
+
+    Returns
+    -------
+    np.ndarray (left sequences, right sequences, token_pos, token_pos)
+        A view: products lie as (sequence, token, sequence, token), as they are made.
+    """
+    tokens = left[0].shape[1]
+    rows_1, rows_2 = ([part.reshape(-1, part.shape[2]) for part in side] for side in (left, right))
     result = np.empty((sum(map(len, rows_1)), sum(map(len, rows_2))), np.float32)
     top = 0
     for a in rows_1:
@@ -312,21 +342,8 @@ def _held_block(
             product(a, b, device, out=result[top : top + len(a), start : start + len(b)])
             start += len(b)
         top += len(a)
-    return _by_pair(result, tokens)
-
-
-def _read_block(
-    block_1: tuple[Any, ...], block_2: tuple[Any, ...], covariance: bool, device: str | None
-) -> np.ndarray:
-    """Read both sides and multiply them."""
-    left, right = (_standardised(covariance, *block) for block in (block_1, block_2))
-    return _held_block([(slice(None), left)], [(slice(None), right)], device)
-
-
-def _by_pair(products: np.ndarray, tokens: int) -> np.ndarray:
-    """View products of (sequence, token) with (sequence, token) as blocks of token pairs."""
-    first, second = (length // tokens for length in products.shape)
-    return products.reshape(first, tokens, second, tokens).transpose(0, 2, 1, 3)
+    first, second = (length // tokens for length in result.shape)
+    return result.reshape(first, tokens, second, tokens).transpose(0, 2, 1, 3)
 
 
 def _averaged(problem: _Problem, blocks: Blocks) -> xr.Dataset:
@@ -335,7 +352,7 @@ def _averaged(problem: _Problem, blocks: Blocks) -> xr.Dataset:
 
 
 def _token_means(covariance: bool, *block: Any) -> np.ndarray:
-    return mean_over_tokens(gather_traces(*block), covariance)
+    return gather_token_means(*block, covariance=covariance)
 
 
 def _between_sequences(problem: _Problem, blocks: Blocks) -> xr.Dataset:
@@ -485,7 +502,7 @@ def _influence_attrs(options: BifOptions) -> dict[str, str]:
 def _input_ids(problem: _Problem) -> xr.DataArray:
     arrays = []
     for key in problem.keys:
-        ids = unread(problem.samples.tree.dataset[f"input_ids_{key}"])
+        ids = unread(problem.samples.dataset[f"input_ids_{key}"])
         arrays.append(xr.DataArray(ids, dims=("batch", "position")))
     joined = xr.concat(arrays, dim="batch")
     joined.attrs = {"long_name": "token ids of the sequences", "units": "1"}
@@ -493,7 +510,7 @@ def _input_ids(problem: _Problem) -> xr.DataArray:
 
 
 def _require_equal_lengths(samples: Samples, keys: Sequence[str]) -> None:
-    lengths = {key: samples.tree.dataset[f"loss_{key}"].shape[3] for key in keys}
+    lengths = {key: samples.dataset[f"loss_{key}"].shape[3] for key in keys}
     if len(set(lengths.values())) > 1:
         raise ValueError(
             f"observables of {samples.name} have sequences of different lengths ({lengths}): "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -12,10 +12,10 @@ import xarray as xr
 from dask.delayed import delayed
 
 from basinscope.analysis.diagnostics import diagnose_trace
-from basinscope.analysis.means import loss_traces
+from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
-from basinscope.analysis.stores import Samples, cut, open_samples
+from basinscope.analysis.stores import Samples, cut, open_samples, unread
 from basinscope.io import dims
 
 
@@ -82,69 +82,99 @@ def compute_llc(
     opened = open_samples(samples, allow_incomplete)
     chosen = choose_observables(opened, observables)
     name = sampled_losses(opened)
-    row = str(opened.tree.dataset[name].dims[1])
+    row = str(opened.dataset[name].dims[1])
     skipped = _rows_of_burn_in(opened, row, burn_in)
     plan_llc(opened, chosen).validate(parse_memory_limit(memory_limit))
 
-    n_beta = opened.n_beta
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
-    traces, token_means = loss_traces(parts)
-    lengths = np.array([len(trace) for trace in traces])
-    at_init = opened.init_loss()
-    init_loss = da.mean(at_init, dtype="float64")
-    per_chain = n_beta * (da.stack([trace.mean() for trace in traces]) - init_loss)
-    sums = da.stack([trace.sum() for trace in traces])
-    running = [n_beta * (da.cumsum(t, 0) / np.arange(1, len(t) + 1) - init_loss) for t in traces]
-    judged = delayed(diagnose_trace)(traces)
-    values: dict[str, tuple[tuple[str, ...], object]] = {
-        "llc_mean": ((), per_chain.mean()),
-        "llc_std": ((), per_chain.std()),
-        "llc_per_chain": ((dims.CHAIN,), per_chain),
-        "llc_scalar": ((), n_beta * (sums.sum() / int(lengths.sum()) - init_loss)),
-        "llc_token": (
-            (dims.TOKEN_POS,),
-            n_beta * (token_means - da.mean(at_init, axis=0, dtype="float64")),
-        ),
-        "llc_running": ((dims.CHAIN, row), _stacked(running)),
-        "llc_mcse": ((), n_beta * da.from_delayed(judged["mcse_mean"], (), "float64")),
-        "rhat": ((), da.from_delayed(judged["rhat"], (), "float64")),
-        "ess_bulk": ((), da.from_delayed(judged["ess_bulk"], (), "float64")),
-        "loss_trace": ((dims.CHAIN, row), _stacked(traces)),
-        "init_loss": ((), init_loss),
-        "n_beta": ((), n_beta),
-    }
-    variables = {
-        name: xr.Variable(at, data, {"long_name": _MEANINGS[name][0], "units": _MEANINGS[name][1]})
-        for name, (at, data) in values.items()
-    }
+    shapes = shapes_of(parts)
+    lengths = [shape[1] for shape in shapes]
+    computed = delayed(_estimate)(
+        lazy_totals(parts), shapes, unread(opened.init_loss()), opened.n_beta
+    )
+    judged = delayed(_judge)(computed["traces"], opened.n_beta)
+    chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
+    variables = {}
+    for variable, (dim_names, long_name, units) in _VARIABLES.items():
+        sizes = {"chain": chains, "row": longest, "token_pos": tokens}
+        source = judged if variable in ("llc_mcse", "rhat", "ess_bulk") else computed
+        data = da.from_delayed(source[variable], tuple(sizes[d] for d in dim_names), "float64")
+        at = tuple(row if d == "row" else d for d in dim_names)
+        variables[variable] = xr.Variable(at, data, {"long_name": long_name, "units": units})
+    variables["n_beta"] = xr.Variable(
+        (), opened.n_beta, {"long_name": "inverse temperature nβ", "units": "1"}
+    )
     for obs_id in chosen:
         taken = f"llc_{obs_id}" in variables
         variables[f"llc_{obs_id}_observable" if taken else f"llc_{obs_id}"] = xr.Variable(
             (),
-            n_beta * _rise(opened, obs_id),
+            _of_observable(opened, obs_id),
             {"long_name": f"local learning coefficient on {obs_id}", "units": "1"},
         )
-    coords = {
-        dims.CHAIN: list(opened.chains),
-        row: np.arange(skipped, skipped + lengths.max()),
-    }
+    coords = {dims.CHAIN: list(opened.chains), row: np.arange(skipped, skipped + longest)}
     return xr.Dataset(variables, coords, opened.provenance)
 
 
-_MEANINGS = {
-    "llc_mean": ("local learning coefficient, mean over chains", "1"),
-    "llc_std": ("its standard deviation over chains", "1"),
-    "llc_per_chain": ("local learning coefficient of each chain", "1"),
-    "llc_scalar": ("local learning coefficient from all losses at once", "1"),
-    "llc_token": ("local learning coefficient of each token position", "1"),
-    "llc_running": ("local learning coefficient from the steps so far", "1"),
-    "llc_mcse": ("Monte-Carlo standard error of llc_mean", "1"),
-    "rhat": ("split R-hat of the loss traces", "1"),
-    "ess_bulk": ("effective number of independent steps", "1"),
-    "loss_trace": ("mean loss of the sampling batches", "nats"),
-    "init_loss": ("mean loss at the checkpoint", "nats"),
-    "n_beta": ("inverse temperature nβ", "1"),
+_VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "llc_mean": ((), "local learning coefficient, mean over chains", "1"),
+    "llc_std": ((), "its standard deviation over chains", "1"),
+    "llc_per_chain": (("chain",), "local learning coefficient of each chain", "1"),
+    "llc_scalar": ((), "local learning coefficient from all losses at once", "1"),
+    "llc_token": (("token_pos",), "local learning coefficient of each token position", "1"),
+    "llc_running": (("chain", "row"), "local learning coefficient from the steps so far", "1"),
+    "llc_mcse": ((), "Monte-Carlo standard error of llc_mean", "1"),
+    "rhat": ((), "split R-hat of the loss traces", "1"),
+    "ess_bulk": ((), "effective number of independent steps", "1"),
+    "loss_trace": (("chain", "row"), "mean loss of the sampling batches", "nats"),
+    "init_loss": ((), "mean loss at the checkpoint", "nats"),
 }
+
+
+def _estimate(
+    totals: list[Totals], shapes: list[tuple[int, ...]], at_init: np.ndarray, n_beta: float
+) -> dict[str, Any]:
+    """Apply the formula, to chains, tokens, and steps so far."""
+    traces, of_tokens = mean_losses(totals, shapes)
+    init_loss = at_init.mean(dtype=np.float64)
+    per_chain = n_beta * (np.array([trace.mean() for trace in traces]) - init_loss)
+    running = [n_beta * (np.cumsum(t) / np.arange(1, len(t) + 1) - init_loss) for t in traces]
+    return {
+        "traces": traces,
+        "llc_mean": per_chain.mean(),
+        "llc_std": per_chain.std(),
+        "llc_per_chain": per_chain,
+        "llc_scalar": n_beta * (np.concatenate(traces).mean() - init_loss),
+        "llc_token": n_beta * (of_tokens - at_init.mean(axis=0, dtype=np.float64)),
+        "llc_running": _stacked(running),
+        "loss_trace": _stacked(traces),
+        "init_loss": init_loss,
+    }
+
+
+def _judge(traces: list[np.ndarray], n_beta: float) -> dict[str, float]:
+    found = diagnose_trace(traces)
+    return {**found, "llc_mcse": n_beta * found["mcse_mean"]}
+
+
+def _stacked(traces: list[np.ndarray]) -> np.ndarray:
+    """Put chains under each other; shorter ones end in NaN."""
+    stacked = np.full((len(traces), max(map(len, traces))), np.nan)
+    for row, trace in zip(stacked, traces, strict=True):
+        row[: len(trace)] = trace
+    return stacked
+
+
+def plan_of_llc(
+    samples: xr.DataTree | str | os.PathLike[str],
+    *,
+    burn_in: int = 0,
+    observables: Literal["all"] | Sequence[str] = "all",
+    allow_incomplete: bool = False,
+    memory_limit: int | str | None = None,
+) -> Plan:
+    """Plan :func:`compute_llc` with the same arguments; reads metadata only."""
+    opened = open_samples(samples, allow_incomplete)
+    return plan_llc(opened, choose_observables(opened, observables))
 
 
 def plan_llc(samples: Samples, observables: Sequence[str]) -> Plan:
@@ -175,7 +205,7 @@ def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str])
 
 def sampled_losses(samples: Samples) -> str:
     """Name the losses of every step, or those of every draw where a store has no others."""
-    has_steps = "sampling_loss_micro" in samples.tree.dataset
+    has_steps = "sampling_loss_micro" in samples.dataset
     return "sampling_loss_micro" if has_steps else "sampling_loss"
 
 
@@ -196,29 +226,25 @@ def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
     return rows
 
 
-def _rise(samples: Samples, obs_id: str) -> da.Array:
-    """Mean loss on an observable, above that at the checkpoint or at the first draw."""
-    traces, _ = loss_traces(samples.losses(f"loss_{obs_id}"))
-    initial = samples.tree.dataset.get(f"init_loss_{obs_id}")
-    if initial is None:
-        reference = da.stack([trace[0] for trace in traces]).mean()
+def _of_observable(samples: Samples, obs_id: str) -> da.Array:
+    parts = samples.losses(f"loss_{obs_id}")
+    at_init: Any = samples.dataset.get(f"init_loss_{obs_id}")
+    if at_init is not None:
+        chained = dims.CHAIN in at_init.dims
+        at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
+    value = delayed(_observable_llc)(lazy_totals(parts), shapes_of(parts), at_init, samples.n_beta)
+    return da.from_delayed(value, (), "float64")
+
+
+def _observable_llc(
+    totals: list[Totals],
+    shapes: list[tuple[int, ...]],
+    at_init: np.ndarray | None,
+    n_beta: float,
+) -> np.float64:
+    traces, _ = mean_losses(totals, shapes)
+    if at_init is None:
+        reference = np.mean([trace[0] for trace in traces])
     else:
-        values = da.asarray(unread(initial))
-        if dims.CHAIN in initial.dims:
-            values = values[list(samples.chains)]
-        reference = da.mean(values, dtype="float64")
-    total = da.stack([trace.sum() for trace in traces]).sum()
-    return total / sum(len(trace) for trace in traces) - reference
-
-
-def _stacked(traces: list[da.Array]) -> da.Array:
-    """Put chains under each other; shorter ones end in NaN."""
-    longest = max(len(trace) for trace in traces)
-    return da.stack(
-        [
-            da.concatenate([trace, da.full(longest - len(trace), np.nan)])
-            if len(trace) < longest
-            else trace
-            for trace in traces
-        ]
-    )
+        reference = at_init.mean(dtype=np.float64)
+    return np.float64(n_beta * (np.concatenate(traces).mean() - reference))

@@ -4,48 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-import dask.array as da
 import numpy as np
-from dask.delayed import delayed
+from dask.delayed import Delayed, delayed
 
 from basinscope.analysis.stores import Part, chunks_of, files_of
 from basinscope.io.stored import StoredArray
 
+Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
-def loss_traces(parts: list[Part]) -> tuple[list[da.Array], da.Array]:
-    """Average losses over (batch, token) per row, and over (chain, row, batch) per token.
 
-    Both come from one pass over the losses.
+def lazy_totals(parts: list[Part], of_tokens: bool = True) -> list[list[tuple[int, Delayed]]]:
+    """Have every chain's losses added up, a task for each file; reads nothing.
 
     Parameters
     ----------
     parts : list of Part
         One for each chain, (1, rows, batch, token_pos); chains may have different numbers of rows.
+    of_tokens : bool
+        Whether totals over (rows, batch) are wanted; they stay zero otherwise.
 
     Returns
     -------
-    traces : list of da.Array (rows,)
-        float64, lazy, one for each chain.
-    token_means : da.Array (token_pos,)
-        float64, lazy.
+    list of list of (int, Delayed)
+        For each chain, what :func:`mean_losses` takes once it is computed.
     """
-    totals = [
-        [(first, delayed(loss_totals)(piece)) for first, piece in files_of(part)] for part in parts
+    return [
+        [(first, delayed(loss_totals)(piece, of_tokens)) for first, piece in files_of(part)]
+        for part in parts
     ]
-    traces = [
-        da.from_delayed(delayed(_trace)(total, part.shape), (part.shape[1],), "float64")
-        for total, part in zip(totals, parts, strict=True)
-    ]
-    tokens = parts[0].shape[3]
-    entries = sum(part.shape[1] * part.shape[2] for part in parts)
-    flat = [pieces for total in totals for _, pieces in total]
-    token_means = da.from_delayed(
-        delayed(_token_means)(flat, tokens, entries), (tokens,), "float64"
-    )
-    return traces, token_means
 
 
-def loss_totals(part: StoredArray | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def loss_totals(
+    part: StoredArray | np.ndarray, of_tokens: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """Add up losses over (batch, token), and over (rows, batch), in one pass.
 
     Parameters
@@ -58,23 +49,46 @@ def loss_totals(part: StoredArray | np.ndarray) -> tuple[np.ndarray, np.ndarray]
         float64.
     """
     _, rows, _, tokens = part.shape
-    of_rows, of_tokens = np.zeros(rows), np.zeros(tokens)
+    row_sums, token_sums = np.zeros(rows), np.zeros(tokens)
     for (_, row, _, token), values in chunks_of(part):
-        over_batch = values[0].sum(axis=1, dtype=np.float64)
-        of_rows[row] += over_batch.sum(axis=1)
-        of_tokens[token] += over_batch.sum(axis=0)
-    return of_rows, of_tokens
+        if of_tokens:
+            over_batch = values[0].sum(axis=1, dtype=np.float64)
+            row_sums[row] += over_batch.sum(axis=1)
+            token_sums[token] += over_batch.sum(axis=0)
+        else:
+            row_sums[row] += values[0].sum(axis=(1, 2), dtype=np.float64)
+    return row_sums, token_sums
 
 
-def _trace(totals: list[tuple[int, Any]], shape: tuple[int, ...]) -> np.ndarray:
-    trace = np.zeros(shape[1])
-    for first, (of_rows, _) in totals:
-        trace[first : first + len(of_rows)] += of_rows
-    return trace / (shape[2] * shape[3])
+def mean_losses(
+    totals: list[Totals], shapes: list[tuple[int, ...]]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Turn totals into means.
+
+    Parameters
+    ----------
+    totals : list of Totals
+        Of each chain.
+    shapes : list of tuple of int
+        (1, rows, batch, token_pos) of each chain.
+
+    Returns
+    -------
+    traces : list of np.ndarray (rows,)
+        Mean over (batch, token) at every row of each chain.
+    of_tokens : np.ndarray (token_pos,)
+        Mean over (chain, row, batch).
+    """
+    traces, over_tokens = [], np.zeros(shapes[0][3])
+    for chain, (_, rows, batch, tokens) in zip(totals, shapes, strict=True):
+        trace = np.zeros(rows)
+        for first, (of_rows, of_tokens) in chain:
+            trace[first : first + len(of_rows)] += of_rows
+            over_tokens += of_tokens
+        traces.append(trace / (batch * tokens))
+    return traces, over_tokens / sum(shape[1] * shape[2] for shape in shapes)
 
 
-def _token_means(totals: list[Any], tokens: int, entries: int) -> np.ndarray:
-    total = np.zeros(tokens)
-    for _, of_tokens in totals:
-        total += of_tokens
-    return total / entries
+def shapes_of(parts: list[Part]) -> list[tuple[Any, ...]]:
+    """Shape of each chain's losses."""
+    return [part.shape for part in parts]

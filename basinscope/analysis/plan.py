@@ -238,6 +238,8 @@ class Influence:
         ``token``, ``average``, ``sequence`` or ``top_k``.
     queries, top_k : int
         Of a search for the strongest partners.
+    mean_over_chains : bool
+        Whether chains are averaged draw by draw, which is done in float64.
     """
 
     layouts: tuple[Layout, ...]
@@ -247,6 +249,7 @@ class Influence:
     kind: str
     queries: int = 0
     top_k: int = 0
+    mean_over_chains: bool = False
 
     @property
     def tokens(self) -> int:
@@ -432,8 +435,9 @@ def _trace_block(problem: Influence, row: int) -> int:
 
 
 def _row_bytes(problem: Influence) -> int:
-    """Bytes of the standardised traces of one sequence."""
-    return 4 * problem.tokens * problem.samples
+    """Bytes of the traces of one sequence, as gathered (float64 ones are standardised so)."""
+    wide = problem.mean_over_chains or problem.layouts[0].itemsize > 4
+    return (12 if wide else 4) * problem.tokens * problem.samples
 
 
 def _chunk(problem: Influence) -> int:

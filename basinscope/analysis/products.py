@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+SMALL_PRODUCT = 2**23  # multiplications that one thread does faster than several agree
+
 
 def check_device(device: str | None) -> None:
     """Check that products can run on a device.
@@ -47,6 +49,8 @@ def product(
         on_device = [torch.from_numpy(np.ascontiguousarray(m)).to(device) for m in (a, b)]
         out[...] = (on_device[0] @ on_device[1].T).cpu().numpy()
         return out
+    if len(a) * len(b) * a.shape[1] <= SMALL_PRODUCT:
+        return np.einsum("in,jn->ij", a, b, out=out)  # BLAS would wake its threads, and wait
     # NumPy takes a product of a matrix with itself for one triangle that it mirrors entry by
     # entry, which costs more than the other triangle. In halves, both are plain products.
     half = len(a) // 2 if np.may_share_memory(a, b) else 0

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -14,15 +15,17 @@ import numpy as np
 import xarray as xr
 
 from basinscope.io import dims
+from basinscope.io.results import digest
 from basinscope.io.store import (
     FAILED,
     chain_records,
     describe_gaps,
-    read_store,
+    read_root,
+    records_of,
     require_store,
     stored_array,
 )
-from basinscope.io.stored import StoredArray
+from basinscope.io.stored import StoredArray, open_stored
 
 Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
@@ -35,24 +38,30 @@ class Samples:
 
     Attributes
     ----------
-    tree : xr.DataTree
-        Lazy.
+    dataset : xr.Dataset
+        The arrays at the root of the store, not read yet.
     name : str
         The path of the store, for messages.
     chains : tuple of int
         Chains that count, by their number in the store.
+    places : tuple of int
+        Where each of them stands in the arrays.
     draws, steps : tuple of int
         How many of each such chain count.
     recorded : bool
         Whether the store keeps a record of what was written (devinterp's do not).
+    path : Path or None
+        Where to read arrays from, if the samples were given by their path.
     """
 
-    tree: xr.DataTree
+    dataset: xr.Dataset
     name: str
     chains: tuple[int, ...]
+    places: tuple[int, ...]
     draws: tuple[int, ...]
     steps: tuple[int, ...]
     recorded: bool
+    path: Path | None = None
 
     @property
     def n_beta(self) -> float:
@@ -67,7 +76,7 @@ class Samples:
     @property
     def config(self) -> dict[str, Any]:
         """Everything a run was configured with."""
-        config: dict[str, Any] = self.tree.attrs.get("metadata", {}).get("config", {})
+        config: dict[str, Any] = self.dataset.attrs.get("metadata", {}).get("config", {})
         if "sampler" not in config:
             raise ValueError(
                 f"{self.name} has no sampler settings (attribute metadata.config.sampler): "
@@ -78,30 +87,44 @@ class Samples:
     @property
     def observables(self) -> list[str]:
         """Ids of the observables, in the order of the store."""
-        names = [str(name) for name in self.tree.dataset.data_vars]
+        names = [str(name) for name in self.dataset.data_vars]
         return [name.removeprefix("loss_") for name in names if name.startswith("loss_")]
 
     def losses(self, name: str) -> list[Part]:
         """Give the losses of each chain that counts, up to the last row that counts."""
-        variable = self.tree.dataset[name]
+        variable = self.dataset[name]
         rows = self.steps if dims.STEP in variable.dims else self.draws
-        stored = stored_array(variable)
-        chains = zip(self.chains, rows, strict=True)
+        stored = stored_array(variable) if self.path is None else open_stored(self.path / name)
+        chains = zip(self.places, rows, strict=True)
         if stored is not None:
             whole = stored.written() if self.recorded else stored
             return [whole.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
         data = unread(variable)
         return [data[chain : chain + 1, :count] for chain, count in chains]
 
-    def init_loss(self) -> da.Array:
+    def init_loss(self) -> xr.DataArray:
         """Give ``init_loss (chain, token_pos)`` of the chains that count."""
-        return da.asarray(unread(self.tree.dataset["init_loss"]))[list(self.chains)]
+        return self.dataset["init_loss"].isel(chain=list(self.places))
+
+    def identity(self, names: Sequence[str]) -> dict[str, Any]:
+        """Tell these samples from any others: settings, chains, and a digest of some losses.
+
+        Reads ``init_loss`` and the first draw of the arrays named.
+        """
+        first = [np.asarray(cut(self.losses(name)[0], slice(1))) for name in names]
+        return {
+            "created_at": self.dataset.attrs.get("created_at"),
+            "sampler": self.sampler,
+            "chains": list(self.chains),
+            "draws": list(self.draws),
+            "losses": [digest(values) for values in (self.init_loss().to_numpy(), *first)],
+        }
 
     @property
     def provenance(self) -> dict[str, object]:
         """Attributes of the store that its estimates carry on."""
         kept = ("created_by", "created_at", "schema_version", "metadata")
-        return {name: self.tree.attrs[name] for name in kept if name in self.tree.attrs}
+        return {name: self.dataset.attrs[name] for name in kept if name in self.dataset.attrs}
 
 
 def open_samples(
@@ -129,23 +152,25 @@ def open_samples(
     UserWarning
         Naming the chains that are left out, and why.
     """
+    path = None
     if isinstance(samples, xr.DataTree):
-        tree = samples
-        name = str(tree.dataset.encoding.get("source", "this tree"))
+        dataset, records = samples.to_dataset(), chain_records(samples)
+        name = str(dataset.encoding.get("source", "this tree"))
     else:
-        name = str(samples)
-        tree = read_store(require_store(samples))
-    _require_losses(tree, name)
-    records = chain_records(tree)
-    sizes = tree.dataset.sizes
-    chains = range(sizes[dims.CHAIN])
+        path = require_store(samples)
+        dataset, records = read_root(path), records_of(path)
+        name = str(path)
+    _require_losses(dataset, name)
+    draws, steps = dataset.sizes.get(dims.DRAW, 0), dataset.sizes.get(dims.STEP, 0)
+    places = _places_of_chains(dataset, records, name)
     if not records:
-        _require_completed(tree, name)
-        whole = tuple(chains)
+        _require_completed(dataset, name)
+        count = len(places)
         return Samples(
-            tree, name, whole,
-            (sizes.get(dims.DRAW, 0),) * len(whole), (sizes.get(dims.STEP, 0),) * len(whole), False,
+            dataset, name, tuple(places), tuple(places.values()), (draws,) * count,
+            (steps,) * count, False, path,
         )  # fmt: skip
+    records = {chain: records[chain] for chain in places}
     gaps = describe_gaps(records)
     unfinished = [chain for chain in gaps if records[chain]["state"] != FAILED]
     if unfinished and not allow_incomplete:
@@ -159,27 +184,54 @@ def open_samples(
         for chain, gap in gaps.items()
         if chain not in unfinished or not records[chain]["draws_written"]
     }
-    kept = tuple(chain for chain in chains if chain not in left_out)
+    kept = tuple(chain for chain in places if chain not in left_out)
     if left_out:
         reasons = "; ".join(f"chain {chain} {gap}" for chain, gap in left_out.items())
         if not kept:
             raise ValueError(f"no chain of {name} can be analysed: {reasons}")
         warnings.warn(f"left out of this estimate: {reasons}", stacklevel=3)
     return Samples(
-        tree, name, kept,
-        tuple(records[chain]["draws_written"] for chain in kept),
-        tuple(records[chain]["steps_written"] for chain in kept), True,
+        dataset, name, kept, tuple(places[chain] for chain in kept),
+        tuple(min(records[chain]["draws_written"], draws) for chain in kept),
+        tuple(min(records[chain]["steps_written"], steps) for chain in kept), True, path,
     )  # fmt: skip
 
 
-def _require_losses(tree: xr.DataTree, name: str) -> None:
-    if "sampling_loss" not in tree.dataset:
-        found = ", ".join(map(str, tree.dataset.data_vars)) or "no array at all"
+def _places_of_chains(
+    dataset: xr.Dataset, records: Mapping[int, object], name: str
+) -> dict[int, int]:
+    """Find where each chain stands: by its number if the tree has it, else by the order."""
+    if dims.CHAIN not in dataset.dims:
         raise ValueError(
-            f"{name} holds no 'sampling_loss' but {found}: pass the tree that sample() returned, "
-            "or the path of its store"
+            f"the arrays of {name} have no dimension 'chain': keep it, with one chain if need be "
+            "(isel(chain=[0]))"
         )
-    for variable, values in tree.dataset.data_vars.items():
+    count = dataset.sizes[dims.CHAIN]
+    if dims.CHAIN in dataset.coords:
+        numbers = [int(number) for number in dataset[dims.CHAIN].values]
+    elif not records or len(records) == count:
+        numbers = list(range(count))
+    else:
+        raise ValueError(
+            f"{name} has {count} chains and records of {len(records)}, so that it cannot be told "
+            "which is which: select chains of a tree that open_store() gave, which are numbered"
+        )
+    unknown = [number for number in numbers if records and number not in records]
+    if unknown or len(set(numbers)) < count:
+        raise ValueError(
+            f"chains {numbers} of {name} are not those of its records: {list(records)}"
+        )
+    return {number: place for place, number in enumerate(numbers)}
+
+
+def _require_losses(dataset: xr.Dataset, name: str) -> None:
+    names = [str(variable) for variable in dataset.data_vars]
+    if not any(variable.startswith(("loss_", "sampling_loss")) for variable in names):
+        raise ValueError(
+            f"{name} holds no losses but {', '.join(names) or 'nothing'}: pass the tree that "
+            "sample() returned, or the path of its store"
+        )
+    for variable, values in dataset.data_vars.items():
         if "loss" in str(variable) and values.ndim == 4:
             rows = dims.STEP if variable == "sampling_loss_micro" else dims.DRAW
             first, second, _, last = values.dims
@@ -190,9 +242,9 @@ def _require_losses(tree: xr.DataTree, name: str) -> None:
                 )
 
 
-def _require_completed(tree: xr.DataTree, name: str) -> None:
-    on_disk = "source" in tree.dataset.encoding
-    if tree.attrs.get("completed", None if on_disk else 1) != 1:
+def _require_completed(dataset: xr.Dataset, name: str) -> None:
+    on_disk = "source" in dataset.encoding
+    if dataset.attrs.get("completed", None if on_disk else 1) != 1:
         raise ValueError(
             f"{name} was not completed, and keeps no record of which draws were written (devinterp "
             "writes none), so missing ones cannot be told from NaN: sample it again"
@@ -221,8 +273,8 @@ def chunks_of(part: StoredArray | np.ndarray) -> Iterator[tuple[tuple[slice, ...
         return
     rows = max(1, SLAB_BYTES // max(1, part[:, :1].nbytes))
     for first in range(0, part.shape[1], rows):
-        place = (slice(None), slice(first, min(first + rows, part.shape[1])))
-        yield (*place, slice(None), slice(None)), part[place]
+        row = slice(first, min(first + rows, part.shape[1]))
+        yield (slice(0, 1), row, slice(0, part.shape[2]), slice(0, part.shape[3])), part[:, row]
 
 
 def files_of(part: Part, split_sequences: bool = True) -> list[tuple[int, Part]]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 import xarray as xr
-from dask.delayed import delayed
+from dask.delayed import Delayed, delayed
 
 from basinscope.analysis.llc import choose_observables
-from basinscope.analysis.means import loss_traces
+from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import AMPLIFIED, Layout, Plan, plan_susceptibilities, workers
 from basinscope.analysis.stores import Part, Samples, chunks_of, cut, open_samples, unread
@@ -23,8 +23,8 @@ from basinscope.io.results import write_result
 FULL = "full"  # the run that moved all weights
 BLOCK_BYTES = 2**27  # about what one task reads
 MAY_DIFFER = {  # settings that leave the comparison of two runs fair
-    "init_seed", "num_init_loss_batches", "save_metrics", "save_sampling_input_ids",
-    "loss_keep_bits", "cores",
+    "init_seed", "num_chains", "num_draws", "num_init_loss_batches",
+    "save_metrics", "save_sampling_input_ids", "loss_keep_bits", "cores",
 }  # fmt: skip
 
 
@@ -101,8 +101,7 @@ def compute_susceptibilities(
     _plan(stores, task, probes).validate(parse_memory_limit(memory_limit))
 
     full = stores[FULL]
-    init_loss = da.mean(full.init_loss(), dtype="float64")
-    of_task = {name: _Task(store, task, init_loss) for name, store in stores.items()}
+    of_task = {name: _lazy_task(store, task, full) for name, store in stores.items()}
     columns: dict[str, list[da.Array]] = {name: [] for name in restrictions}
     for obs_id in probes:
         for rows in _row_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
@@ -110,9 +109,9 @@ def compute_susceptibilities(
             for name in restrictions:
                 block = delayed(_susceptibility)(
                     _cut_rows(stores[name], obs_id, rows),
-                    of_task[name].arguments, of_task[FULL].mean, full_mean,
+                    of_task[name], of_task[FULL], full_mean,
                 )  # fmt: skip
-                size = (rows.stop - rows.start) * full.tree.dataset[f"loss_{obs_id}"].shape[3]
+                size = (rows.stop - rows.start) * full.dataset[f"loss_{obs_id}"].shape[3]
                 columns[name].append(da.from_delayed(block, (size,), np.float64))
     sus = da.stack([da.concatenate(columns[name]) for name in restrictions], axis=1)
     result = _flattened(stores, restrictions, probes, sus)
@@ -121,10 +120,9 @@ def compute_susceptibilities(
     settings = {
         "susceptibilities": {"task": task, "observables": probes, "restrictions": restrictions},
         "sources": {
-            name: {"created_at": store.tree.attrs.get("created_at"), "draws": list(store.draws)}
+            name: store.identity([f"loss_{obs_id}" for obs_id in (task, *probes)])
             for name, store in stores.items()
         },
-        "sampler": full.sampler,
     }
     return write_result(result, output_path, settings)
 
@@ -136,6 +134,7 @@ def plan_of_susceptibilities(
     include_sampling_task: bool = False,
     *,
     allow_incomplete: bool = False,
+    memory_limit: int | str | None = None,
 ) -> Plan:
     """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only."""
     stores = {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
@@ -177,7 +176,9 @@ def _require_alike(
     """Compare settings and shapes of two stores; token ids are compared when they are read."""
     differences = []
     for group in ("sampler", "model", "datasets"):
-        ours, theirs = full.config.get(group, {}), other.config.get(group, {})
+        ours, theirs = (dict(store.config.get(group, {})) for store in (full, other))
+        for settings in (ours, theirs):  # its digest is of the rows that the draws needed
+            settings.pop("sampling", None)
         differences += [
             f"{group} {key}: {ours[key]!r} in {full_name!r}, {theirs[key]!r} in {name!r}"
             for key in sorted(ours.keys() & theirs.keys())
@@ -190,7 +191,7 @@ def _require_alike(
                 f"{', '.join(other.observables)}"
             )
             continue
-        shapes = [store.tree.dataset[f"loss_{obs_id}"].shape[2:] for store in (full, other)]
+        shapes = [store.dataset[f"loss_{obs_id}"].shape[2:] for store in (full, other)]
         if shapes[0] != shapes[1]:
             differences.append(
                 f"(sequences, tokens) of {obs_id!r}: {shapes[0]} in {full_name!r}, {shapes[1]} in "
@@ -203,15 +204,35 @@ def _require_alike(
         )
 
 
-class _Task:
-    """The mean loss on the task at every draw of a run, and what follows from it."""
+class Task(NamedTuple):
+    """The losses on the task of one run.
 
-    def __init__(self, samples: Samples, task: str, init_loss: da.Array) -> None:
-        traces, _ = loss_traces(samples.losses(f"loss_{task}"))
-        self.mean = da.concatenate(traces).mean()
-        phi = [trace - init_loss for trace in traces]
-        joined = da.concatenate(phi)
-        self.arguments = (phi, joined.mean(), (joined * da.concatenate(traces)).mean())
+    Attributes
+    ----------
+    phi : list of np.ndarray (draw,)
+        φ of each chain.
+    mean_phi, mean_phi_loss, mean_loss : float
+        E[φ], E[φ P], E[P].
+    """
+
+    phi: list[np.ndarray]
+    mean_phi: float
+    mean_phi_loss: float
+    mean_loss: float
+
+
+def _lazy_task(samples: Samples, task: str, full: Samples) -> Delayed:
+    parts = samples.losses(f"loss_{task}")
+    return delayed(_of_task)(
+        lazy_totals(parts, of_tokens=False), shapes_of(parts), unread(full.init_loss())
+    )
+
+
+def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], at_init: np.ndarray) -> Task:
+    losses, _ = mean_losses(totals, shapes)
+    phi = [trace - at_init.mean(dtype=np.float64) for trace in losses]
+    joined, loss = np.concatenate(phi), np.concatenate(losses)
+    return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
 
 
 def _row_blocks(layout: Layout) -> list[slice]:
@@ -249,14 +270,11 @@ def _weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
 
 
 def _susceptibility(
-    parts: list[Any],
-    of_task: tuple[list[np.ndarray], float, float],
-    full_task_mean: float,
-    full_mean: np.ndarray,
+    parts: list[Any], task: Task, full_task: Task, full_mean: np.ndarray
 ) -> np.ndarray:
-    phi, mean_phi, mean_phi_loss = of_task
-    covaried = _weighted_mean(parts, phi)
-    return (mean_phi_loss - covaried - mean_phi * (full_task_mean - full_mean)).ravel()
+    covaried = _weighted_mean(parts, task.phi)
+    expected = task.mean_phi * (full_task.mean_loss - full_mean)
+    return (task.mean_phi_loss - covaried - expected).ravel()
 
 
 def _flattened(
@@ -265,16 +283,16 @@ def _flattened(
     """Lay susceptibilities and contexts out flat, (batch, position) row-major per observable."""
     full = stores[FULL]
     names = {"dataset_id_to_name": probes}
-    shapes = [full.tree.dataset[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
-    sizes = [full.tree.dataset[f"input_ids_{obs_id}"].shape for obs_id in probes]
+    shapes = [full.dataset[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
+    sizes = [full.dataset[f"input_ids_{obs_id}"].shape for obs_id in probes]
     ids = [
         da.from_delayed(
             delayed(_checked_ids)(
                 obs_id,
-                {name: unread(s.tree.dataset[f"input_ids_{obs_id}"]) for name, s in stores.items()},
+                {name: unread(s.dataset[f"input_ids_{obs_id}"]) for name, s in stores.items()},
             ),
             (size[0] * size[1],),
-            full.tree.dataset[f"input_ids_{obs_id}"].dtype,
+            full.dataset[f"input_ids_{obs_id}"].dtype,
         )
         for obs_id, size in zip(probes, sizes, strict=True)
     ]

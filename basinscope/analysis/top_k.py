@@ -46,7 +46,8 @@ def query_traces(
     -------
     np.ndarray (queries, samples), float32
     """
-    return standardise(gather_traces(*block)[tokens], covariance)
+    traces = standardise(gather_traces(*block)[tokens], covariance)
+    return traces.astype(np.float32, copy=False)
 
 
 def best_partners(
@@ -73,7 +74,7 @@ def best_partners(
     *block
         Of :meth:`basinscope.analysis.traces.Traces.block`, the candidates.
     """
-    traces = standardise(gather_traces(*block), covariance)
+    traces = standardise(gather_traces(*block), covariance).astype(np.float32, copy=False)
     _, tokens, samples = traces.shape
     candidates = traces.reshape(-1, samples)
     candidates[np.isnan(candidates[:, 0])] = 0  # of no variance: nobody's partner

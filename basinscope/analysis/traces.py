@@ -63,6 +63,8 @@ class Traces:
         self.tokens = self.layouts[0].shape[3]
         self.sequences = sum(layout.shape[2] for layout in self.layouts)
         self.samples = self.losses[0][0].shape[1] if mean_over_chains else self.layouts[0].shape[1]
+        wide = mean_over_chains or self.losses[0][0].dtype.itemsize > 4
+        self.dtype = np.dtype(np.float64 if wide else np.float32)
         self._copy: tuple[Delayed, Delayed] | None = None
 
     def copy(self) -> None:
@@ -79,7 +81,7 @@ class Traces:
     def block(self, rows: np.ndarray) -> tuple[Any, ...]:
         """Give the arguments with which :func:`gather_traces` reads some sequences."""
         shape = (len(rows), self.tokens, self.samples)
-        return (self.pieces(rows), shape, self.mean_over_chains, *(self._copy or ()))
+        return (self.pieces(rows), shape, self.dtype, self.mean_over_chains, *(self._copy or ()))
 
     def pieces(self, rows: np.ndarray) -> list[Piece]:
         """Find some sequences; reads nothing."""
@@ -138,6 +140,7 @@ def _groups(local: np.ndarray, extent: int) -> Iterator[np.ndarray]:
 def gather_traces(
     pieces: list[Piece],
     shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
     mean_over_chains: bool,
     copy: TemporaryCopy | None = None,
     written: int = 0,
@@ -149,6 +152,8 @@ def gather_traces(
     pieces : list of Piece
     shape : tuple of int
         (sequences, token_pos, samples)
+    dtype : np.dtype
+        Of the traces.
     mean_over_chains : bool
     copy, written
         A temporary copy to read from, and the sign that all of it is there.
@@ -156,21 +161,23 @@ def gather_traces(
     Returns
     -------
     np.ndarray (sequences, token_pos, samples)
-        float32; float64 for means over chains.
     """
     if not mean_over_chains:
-        traces = np.empty(shape, np.float32)
+        traces = np.empty(shape, dtype)
         for at, draws, tokens, values in _read(pieces, stacked=True, copy=copy):
             traces[at, tokens, draws] = values.transpose(1, 2, 0)
         return traces
-    traces = np.zeros(shape, np.float64)
+    traces = np.zeros(shape, dtype)
     for at, draws, tokens, values in _read(pieces, stacked=False, copy=copy):
         traces[at, tokens, draws] += values.transpose(1, 2, 0)
     return traces / len(pieces[0].chains)
 
 
 def gather_sequence_traces(
-    pieces: list[Piece], shape: tuple[int, int, int], mean_over_chains: bool
+    pieces: list[Piece],
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    mean_over_chains: bool,
 ) -> np.ndarray:
     """Read the traces of some sequences, averaged over their tokens.
 
@@ -253,10 +260,44 @@ def standardise(traces: np.ndarray, covariance: bool) -> np.ndarray:
         The same array.
     """
     flat = traces.reshape(-1, traces.shape[-1])
-    with np.errstate(invalid="ignore", divide="ignore"):  # no variance: 0 times 1/0
-        for rows, centred, scale in _centred(flat, covariance):
-            np.multiply(centred, scale[:, None], out=flat[rows], casting="same_kind")
+    for rows, centred, scale in _centred(flat, covariance):
+        np.multiply(centred, scale[:, None], out=flat[rows], casting="same_kind")
     return traces
+
+
+def gather_token_means(
+    pieces: list[Piece],
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    mean_over_chains: bool,
+    *copied: Any,
+    covariance: bool,
+) -> np.ndarray:
+    """Read the traces of some sequences, standardise them, and average them over tokens.
+
+    Parameters as :func:`gather_traces`.
+
+    Returns
+    -------
+    np.ndarray (sequences, samples), float64
+    """
+    if mean_over_chains or not _in_memory(pieces):
+        traces = gather_traces(pieces, shape, dtype, mean_over_chains, *copied)
+        return mean_over_tokens(traces, covariance)
+    means = np.empty((shape[0], shape[2]))
+    slab = np.empty((shape[2], shape[1]))  # (samples, token_pos), as losses in memory lie
+    for chains, take, put in pieces:
+        for at, sequence in zip(put, range(len(put)) if take is None else take, strict=True):
+            start = 0
+            for files in chains:
+                for _, part in files:
+                    slab[start : start + part.shape[1]] = part[0, :, sequence]
+                    start += part.shape[1]
+            slab -= slab[0].copy()  # first, so that a constant trace is zero exactly
+            slab -= slab.sum(axis=0) / len(slab)
+            scale = _scale(np.einsum("nt,nt->t", slab, slab), len(slab), covariance)
+            means[at] = np.vecdot(slab, scale) / shape[1]
+    return means
 
 
 def mean_over_tokens(traces: np.ndarray, covariance: bool) -> np.ndarray:
@@ -272,12 +313,18 @@ def mean_over_tokens(traces: np.ndarray, covariance: bool) -> np.ndarray:
     """
     sequences, tokens, samples = traces.shape
     means = np.zeros((sequences, samples))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for mean, trace in zip(means, traces, strict=True):
-            for _, centred, scale in _centred(trace, covariance):
-                # not BLAS, whose own threads would wait for those of other tasks
-                mean += np.einsum("t,tn->n", scale, centred)
+    for mean, trace in zip(means, traces, strict=True):
+        for _, centred, scale in _centred(trace, covariance):
+            # not BLAS, whose own threads would wait for those of other tasks
+            mean += np.einsum("t,tn->n", scale, centred)
     return means / tokens
+
+
+def _in_memory(pieces: list[Piece]) -> bool:
+    return all(
+        isinstance(part, np.ndarray)
+        for chains, _, _ in pieces for files in chains for _, part in files
+    )  # fmt: skip
 
 
 def _centred(flat: np.ndarray, covariance: bool) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
@@ -289,7 +336,7 @@ def _centred(flat: np.ndarray, covariance: bool) -> Iterator[tuple[slice, np.nda
     centred : np.ndarray (rows, samples)
         float64; used again for the next rows.
     scale : np.ndarray (rows,)
-        What makes them traces whose products are correlations, or covariances.
+        See :func:`_scale`.
     """
     samples = flat.shape[1]
     most = max(1, SLAB_BYTES // (8 * samples))
@@ -297,10 +344,17 @@ def _centred(flat: np.ndarray, covariance: bool) -> Iterator[tuple[slice, np.nda
     for first in range(0, len(flat), most):
         rows = slice(first, min(first + most, len(flat)))
         centred = slab[: rows.stop - first]
-        centred[...] = flat[rows]
+        # its first sample is taken off first, so that a constant trace is zero exactly
+        np.subtract(flat[rows], flat[rows, :1], out=centred, dtype=np.float64)
         centred -= centred.sum(axis=1, keepdims=True) / samples
-        if covariance:
-            scale = np.full(len(centred), 1 / np.sqrt(samples - 1))
-        else:
-            scale = 1 / np.sqrt(np.vecdot(centred, centred))
-        yield rows, centred, scale
+        yield rows, centred, _scale(np.vecdot(centred, centred), samples, covariance)
+
+
+def _scale(squares: np.ndarray, samples: int, covariance: bool) -> np.ndarray:
+    """Give what makes centred traces such that products are correlations, or covariances.
+
+    NaN where a trace has no variance, and so no correlation.
+    """
+    if covariance:
+        return np.full(squares.shape, 1 / np.sqrt(samples - 1))
+    return 1 / np.sqrt(np.where(squares > 0, squares, np.nan))

@@ -67,6 +67,14 @@ def write_result(
     return xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
 
 
+def begun_chunks(path: str | os.PathLike[str], name: str) -> tuple[int, ...] | None:
+    """Give the chunks of an array of a result that was begun; None if there is none."""
+    if not (Path(path) / name / "zarr.json").is_file():
+        return None
+    chunks: tuple[int, ...] = zarr.open_array(Path(path) / name, mode="r").chunks
+    return chunks
+
+
 def progress_bar() -> Any:
     """Show progress on a terminal, and nothing in a log."""
     return ProgressBar(out=sys.stderr, minimum=1.0) if sys.stderr.isatty() else nullcontext()
@@ -119,43 +127,39 @@ def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> Non
             compute=False,
             consolidated=False,
             zarr_format=3,
-            encoding={
-                group: {
-                    name: {
-                        "chunks": tuple(sizes[0] for sizes in variable.data.chunks),
-                        "compressors": [Crc32cCodec()],
-                        "fill_value": np.nan if variable.dtype.kind == "f" else 0,
-                    }
-                    for name, variable in variables.items()
-                }
-                for group, variables in _lazy_variables(result)
-            },
+            encoding={n.path: _encoding(n.to_dataset(inherit=False)) for n in result.subtree},
         )
         draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _lazy_variables(result: xr.DataTree) -> Iterator[tuple[str, dict[str, xr.DataArray]]]:
-    for node in result.subtree:
-        yield (
-            node.path,
-            {
-                str(name): variable
-                for name, variable in node.dataset.data_vars.items()
-                if isinstance(variable.data, da.Array) and variable.ndim
-            },
-        )
+def _encoding(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
+    """Give every array a checksum, and a chunk for each Dask block."""
+    encoding: dict[str, dict[str, Any]] = {}
+    for name, variable in dataset.variables.items():
+        encoding[str(name)] = {"compressors": [Crc32cCodec()]}
+        if isinstance(variable.data, da.Array):
+            chunks = tuple(sizes[0] for sizes in variable.data.chunks)
+            fill = np.nan if variable.dtype.kind == "f" else 0
+            encoding[str(name)] |= {"chunks": chunks, "fill_value": fill}
+    return encoding
 
 
 def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
-    for group, variables in _lazy_variables(result):
-        for name, variable in variables.items():
-            where = path / group.strip("/") / name
-            for index in product(*map(range, variable.data.numblocks)):
-                file = where.joinpath("c", *map(str, index))
-                if not file.exists():
-                    yield delayed(_write_block)(str(where), index, variable.data.blocks[index])
+    for node in result.subtree:
+        for name, variable in node.dataset.data_vars.items():
+            if not isinstance(variable.data, da.Array):
+                continue
+            where = path / node.path.strip("/") / str(name)
+            stored = zarr.open_array(where, mode="r").chunks
+            data = variable.data
+            if tuple(sizes[0] for sizes in data.chunks) != stored:  # begun with other blocks
+                data = data.rechunk(stored)
+            for index in product(*map(range, data.numblocks)):
+                if not where.joinpath("c", *map(str, index)).exists():
+                    block = data.blocks[index] if index else data
+                    yield delayed(_write_block)(str(where), index, block)
 
 
 def _write_block(path: str, index: tuple[int, ...], values: np.ndarray) -> None:

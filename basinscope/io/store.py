@@ -26,7 +26,7 @@ import xarray as xr
 import zarr
 
 import basinscope
-from basinscope.io import codecs
+from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
@@ -89,18 +89,33 @@ def require_store(path: str | os.PathLike[str]) -> Path:
 
 def read_store(path: Path) -> xr.DataTree:
     """Open a store that is known to be one, without a word about its gaps."""
-    try:
+    with _explained(path):
         tree = xr.open_datatree(path, engine="zarr", consolidated=False)
-        dataset = tree.dataset
-        read_in_parts = {
-            name: variable.copy(data=_dask_array(stored))
-            for name, variable in dataset.data_vars.items()
-            if not SCALED & variable.encoding.keys()
-            and (stored := open_stored(path / str(name)))
-            and stored.dtype == variable.dtype
-        }
-        tree.dataset = dataset.assign(read_in_parts)
-        return lazy(tree)
+    dataset = tree.dataset
+    read_in_parts = {
+        name: variable.copy(data=_dask_array(stored))
+        for name, variable in dataset.data_vars.items()
+        if not SCALED & variable.encoding.keys()
+        and (stored := open_stored(path / str(name)))
+        and stored.dtype == variable.dtype
+    }
+    dataset = dataset.assign(read_in_parts)
+    if "chains" in tree.children:  # numbered, so that a selection still knows its records
+        dataset = dataset.assign_coords(chain=range(dataset.sizes[dims.CHAIN]))
+    tree.dataset = dataset
+    return lazy(tree)
+
+
+def read_root(path: Path) -> xr.Dataset:
+    """Open the arrays of a store, and not its chains' groups; reads their metadata only."""
+    with _explained(path):
+        return xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} has a damaged zarr.json ({error}): restore it from a copy, or sample anew"
@@ -157,6 +172,18 @@ def _warn_about_gaps(path: Path, tree: xr.DataTree) -> None:
     ]
     if problems:
         warnings.warn(f"{path}: {'; '.join(problems)}", stacklevel=3)
+
+
+def records_of(path: Path) -> dict[int, dict[str, Any]]:
+    """Read each chain's record from its file; empty for stores that keep none."""
+    groups = path / "chains"
+    if not groups.is_dir():
+        return {}
+    chains = sorted(int(group.name) for group in groups.iterdir() if group.name.isdigit())
+    return {
+        chain: json.loads((groups / str(chain) / "zarr.json").read_text())["attributes"]
+        for chain in chains
+    }
 
 
 def chain_records(tree: xr.DataTree) -> dict[int, dict[str, Any]]:

@@ -193,7 +193,7 @@ def _shift(
     from basinscope.analysis.stores import open_samples
 
     opened = open_samples(tree)
-    losses = opened.tree.dataset[f"loss_{name}"].isel(chain=list(opened.chains))
+    losses = opened.dataset[f"loss_{name}"].isel(chain=list(opened.places))
     means = xr.Dataset(
         {
             "draws": losses.mean(["chain", "draw"], dtype="float64"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +11,174 @@ import xarray as xr
 import zarr
 from rich.table import Table
 
+from basinscope.analysis.plan import Plan
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING
 
 COLOURS = {DONE: "green", FAILED: "red", PENDING: "dim", RUNNING: "cyan", "interrupted": "yellow"}
 
 
-def llc_table(llc: xr.Dataset, diagnostics: xr.Dataset | None = None) -> Table:
+def llc_table(llc: xr.Dataset) -> Table:
     """Show the LLC of each chain and over all of them.
 
     Parameters
     ----------
     llc : xr.Dataset
         Of :func:`basinscope.compute_llc`, computed.
-    diagnostics : xr.Dataset, optional
-        Of :func:`basinscope.analysis.diagnostics.chain_diagnostics`; its Monte-Carlo standard
-        error of the mean loss, times nβ, is the uncertainty of the LLC. Without it the
-        uncertainty is the spread of the chains over the root of their number.
     """
     table = Table(title="Local learning coefficient (LLC)", title_justify="left", show_edge=False)
     for heading in ("chain", "mean loss (nats)", "rise (nats)", "LLC"):
         table.add_column(heading, justify="right")
     initial = float(llc["init_loss"])
-    means = llc["loss_trace"].mean([llc["loss_trace"].dims[1]])
-    for chain, loss, value in zip(
-        llc["chain"].values, means.values, llc["llc_per_chain"].values, strict=True
+    rises = llc["llc_per_chain"] / llc["n_beta"]
+    for chain, rise, value in zip(
+        llc["chain"].values, rises.values, llc["llc_per_chain"].values, strict=True
     ):
-        table.add_row(f"{chain}", f"{loss:.4f}", f"{loss - initial:+.4f}", f"{value:.2f}")
+        table.add_row(f"{chain}", f"{initial + rise:.4f}", f"{rise:+.4f}", f"{value:.2f}")
     table.add_section()
-    error = f"[bold]{float(llc['llc_mean']):.2f}[/] ± {llc_error(llc, diagnostics):.2f}"
-    overall = float(means.mean())
-    table.add_row("all", f"{overall:.4f}", f"{overall - initial:+.4f}", error)
+    error = f"[bold]{float(llc['llc_mean']):.2f}[/] ± {llc_error(llc):.2f}"
+    overall = float(rises.mean())
+    table.add_row("all", f"{initial + overall:.4f}", f"{overall:+.4f}", error)
     return table
 
 
-def llc_error(llc: xr.Dataset, diagnostics: xr.Dataset | None = None) -> float:
-    """Give the standard error of ``llc_mean``; see :func:`llc_table`."""
-    if diagnostics is not None:
-        return float(llc["n_beta"] * diagnostics["mcse_mean"])
+def llc_figures(llc: xr.Dataset) -> dict[str, object]:
+    """Give the figures of an LLC that fit on a line, for JSON."""
+    scalars = ("llc_mean", "llc_std", "llc_scalar", "init_loss", "n_beta", "rhat", "ess_bulk")
+    return {
+        **{name: float(llc[name]) for name in scalars},
+        "llc_error": llc_error(llc),
+        "llc_per_chain": llc["llc_per_chain"].to_numpy().tolist(),
+        "llc_observables": {
+            str(name).removeprefix("llc_"): float(value)
+            for name, value in llc.data_vars.items()
+            if value.attrs["long_name"].startswith("local learning coefficient on ")
+        },
+    }
+
+
+def llc_error(llc: xr.Dataset) -> float:
+    """Give the standard error of ``llc_mean``.
+
+    The Monte Carlo error; for chains too short for one, the spread of the chains over the root of
+    their number.
+    """
+    error = float(llc["llc_mcse"])
     values = llc["llc_per_chain"].to_numpy()
-    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+    if np.isnan(error) and len(values) > 1:
+        return float(values.std(ddof=1) / np.sqrt(len(values)))
+    return error
+
+
+def plan_table(name: str, plan: Plan) -> Table:
+    """Show what an analysis would cost."""
+    table = Table(title=f"{plan.estimator} of {name}", title_justify="left", show_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("planned", justify="right")
+    for heading, figure in plan.rows():
+        table.add_row(heading, figure)
+    return table
+
+
+def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, float]]:
+    """Find the pairs of different sequences with the strongest influence on each other.
+
+    Parameters
+    ----------
+    bif : xr.Dataset
+        Of :func:`basinscope.compute_bif`, between sequences, computed.
+    count : int
+        Pairs.
+    """
+    values = bif["influences"].to_numpy().astype(float)
+    rows, columns = bif["batch_1"].to_numpy(), bif["batch_2"].to_numpy()
+    strength = np.where(np.isnan(values), -1, np.abs(values))
+    strength[rows[:, None] >= columns[None, :]] = -1  # itself, and the same pair again
+    order = np.argsort(strength, axis=None)[::-1][:count]
+    return [
+        {"batch_1": int(rows[i]), "batch_2": int(columns[j]), "influence": float(values[i, j])}
+        for i, j in zip(*np.unravel_index(order, strength.shape), strict=True)
+        if strength[i, j] >= 0
+    ]
+
+
+def influence_table(pairs: Sequence[Mapping[str, float]]) -> Table:
+    """Show pairs of sequences; see :func:`influence_pairs`."""
+    table = Table(title="Strongest pairs of sequences", title_justify="left", show_edge=False)
+    for heading in ("sequence", "sequence", "influence"):
+        table.add_column(heading, justify="right")
+    for pair in pairs:
+        table.add_row(str(pair["batch_1"]), str(pair["batch_2"]), f"{pair['influence']:+.4f}")
+    return table
+
+
+def partner_table(bif: xr.Dataset, queries: int, partners: int) -> Table:
+    """Show the strongest partners of the first queries, as sequence:position."""
+    total = bif.sizes["query"]
+    shown = min(queries, total)
+    title = f"Strongest partners of {shown} of {total} query tokens (sequence:position)"
+    table = Table(title=title, title_justify="left", show_edge=False)
+    table.add_column("query", justify="right", no_wrap=True)
+    for sign in bif["sign"].values:
+        table.add_column(str(sign))
+    for query in range(shown):
+        one = bif.isel(query=query)
+        cells = []
+        for sign in range(one.sizes["sign"]):
+            found = one.isel(sign=sign, rank=slice(partners))
+            cells.append(
+                "  ".join(
+                    f"{batch}:{position} {value:+.3f}"
+                    for batch, position, value in zip(
+                        found["partner_batch"].values,
+                        found["partner_target_position"].values,
+                        found["influences"].values,
+                        strict=True,
+                    )
+                    if batch >= 0
+                )
+                or "-"
+            )
+        at = f"{int(one['query_batch'])}:{int(one['query_target_position'])}"
+        table.add_row(at, *cells)
+    return table
+
+
+def susceptibility_figures(sus: xr.DataTree) -> list[dict[str, object]]:
+    """Summarise susceptibilities over the tokens of each observable.
+
+    Parameters
+    ----------
+    sus : xr.DataTree
+        Of :func:`basinscope.compute_susceptibilities`, computed.
+    """
+    flat = sus["susceptibilities"].to_dataset()
+    datasets = flat["dataset_id"].to_numpy()
+    return [
+        {
+            "restriction": str(restriction),
+            "observable": observable,
+            "mean": float(values.mean()),
+            "std": float(values.std()),
+            "min": float(values.min()),
+            "max": float(values.max()),
+        }
+        for column, restriction in enumerate(flat["wr"].to_numpy())
+        for dataset, observable in enumerate(flat.attrs["dataset_id_to_name"])
+        for values in [flat["sus"].to_numpy()[datasets == dataset, column]]
+    ]
+
+
+def susceptibility_table(figures: Sequence[Mapping[str, object]]) -> Table:
+    """Show what :func:`susceptibility_figures` found."""
+    table = Table(title="Susceptibilities of tokens (nats²)", title_justify="left", show_edge=False)
+    table.add_column("restriction")
+    table.add_column("observable")
+    for heading in ("mean", "std", "min", "max"):
+        table.add_column(heading, justify="right")
+    for row in figures:
+        numbers = [f"{row[name]:+.3e}" for name in ("mean", "std", "min", "max")]
+        table.add_row(str(row["restriction"]), str(row["observable"]), *numbers)
+    return table
 
 
 def arrays_table(path: Path) -> Table:

@@ -21,8 +21,8 @@ from basinscope.analysis.diagnostics import chain_diagnostics
 from tests.analysis.stores_random import random_tree, write_devinterp_tree, write_tree
 from tests.reference import analysis as reference
 
-ONE = 2e-6  # some roundings of a float32, relative to the largest entry
-SUMS = 1e-12  # of float64, relative to the losses that are added up
+ONE = 2e-6  # some roundings of a float32, for what reaches 1
+SUMS = 1e-12  # of float64, for losses below 10
 KINDS = [*itertools.product(["token", "average", "sequence"], ["correlation", "covariance"])]
 MOST_SEQUENCES = 5
 
@@ -53,13 +53,16 @@ class Layout:
                 yield write_tree(tree, path, chunks=self.chunks)
             elif self.storage == "shards":
                 yield write_tree(tree, path, chunks=self.chunks, shards=shards)
+            elif self.storage == "opened by xarray":
+                write_tree(tree, path, chunks=self.chunks)
+                yield xr.open_datatree(path, engine="zarr", consolidated=False)
             else:
                 yield write_devinterp_tree(tree, path)
 
 
 layouts = st.builds(
     Layout,
-    st.sampled_from(["memory", "dask", "chunks", "shards", "devinterp"]),
+    st.sampled_from(["memory", "dask", "chunks", "shards", "opened by xarray", "devinterp"]),
     st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4)),
     st.tuples(*[st.integers(1, 3)] * 4),
 )
@@ -98,10 +101,9 @@ def test_llc_of_any_layout(
     losses, init = (tree[name].to_numpy() for name in ("sampling_loss_micro", "init_loss"))
     sampled = (losses[:, burn_in:], init, 10.0)
     per_chain = reference.llc_per_chain(*sampled)
-    trace = reference.loss_trace(sampled[0])
-    judged = chain_diagnostics(xr.DataArray(trace, dims=("chain", "step")))
+    judged = chain_diagnostics(got["loss_trace"])  # ranks: another rounding is another R-hat
     expected = {
-        "loss_trace": trace,
+        "loss_trace": reference.loss_trace(sampled[0]),
         "init_loss": init.astype(np.float64).mean(),
         "llc_per_chain": per_chain,
         "llc_mean": per_chain.mean(),
@@ -119,12 +121,12 @@ def test_llc_of_any_layout(
     for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, rtol=0, atol=100 * SUMS, err_msg=name)
     for name in ("rhat", "ess_bulk"):
-        np.testing.assert_allclose(got[name], judged[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(got[name], judged[name], err_msg=name)
     assert got["chain"].values.tolist() == list(range(sizes["chains"]))
     assert got["step"].values.tolist() == list(range(burn_in, steps))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(stores, layouts, st.sampled_from(["stack", "mean"]), row_choices, row_choices, st.booleans())
 def test_influence_of_any_layout(
     sizes: dict[str, Any],
@@ -151,7 +153,8 @@ def test_influence_of_any_layout(
     }
     for kind, influence in got.items():
         expected = ORACLES[kind[0]](traces[rows[0]], traces[rows[1]], kind[1])
-        close(influence["influences"].to_numpy(), expected, str(kind))
+        bound = ONE * influence_scale(traces, kind[1])
+        np.testing.assert_allclose(influence["influences"], expected, rtol=0, atol=bound)
         assert influence["batch_1"].values.tolist() == rows[0]
         assert influence["batch_2"].values.tolist() == rows[1]
         ids = np.concatenate([tree[f"input_ids_{name}"] for name in "ab"])
@@ -205,7 +208,7 @@ def test_partners_among_many_candidates() -> None:
     require_partners(got.compute(), traces, queries, list(range(70)), 3, covariance=False)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     stores,
     st.lists(layouts, min_size=3, max_size=3),
@@ -240,7 +243,9 @@ def test_susceptibilities_of_any_layout(
     assert got["susceptibilities"]["wr"].values.tolist() == ["l0", "l1"]
     for column, name in enumerate(["l0", "l1"]):
         expected = [susceptibility(trees["full"], trees[name], "b", obs).ravel() for obs in names]
-        close(sus.to_numpy()[:, column], np.concatenate(expected), name)
+        np.testing.assert_allclose(
+            sus[:, column], np.concatenate(expected), rtol=0, atol=100 * SUMS
+        )
     ids = np.concatenate([trees["full"][f"input_ids_{name}"].to_numpy().ravel() for name in names])
     np.testing.assert_array_equal(got["context"]["input_ids"], ids)
 
@@ -256,12 +261,12 @@ def test_a_constant_trace_is_nan_for_itself_only(
     expected = ORACLES[kind[0]](traces, traces, kind[1])
     assert np.isnan(expected).any() == (kind[1] == "correlation")
     assert np.isfinite(expected).any()
-    stored = write_tree(tree, tmp_path / "s.zarr", chunks=(1, 5, 2, 3))
+    stored = write_tree(tree, tmp_path / "s.zarr", chunks=(1, 4, 2, 3))
     for samples in (tree, stored):
         options = {"reduce_chain_dimension_method": chains, **arguments(*kind)}
         got = basinscope.compute_bif(samples, **options)["influences"].to_numpy()
-        np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
-        close(got, expected, str(kind))
+        bound = ONE * influence_scale(traces, kind[1])
+        np.testing.assert_allclose(got, expected, rtol=0, atol=bound)  # NaN where NaN is
 
 
 @pytest.mark.parametrize("chains", ["stack", "mean"])
@@ -288,13 +293,16 @@ def test_one_of_anything_works(shortened: str) -> None:
     assert np.isfinite(llc["llc_mean"])
     traces = reference.samples(joined(tree), "stack")
     for kind in KINDS:
-        got = basinscope.compute_bif(tree, **arguments(*kind))["influences"].to_numpy()
-        close(got, ORACLES[kind[0]](traces, traces, kind[1]), str(kind))
+        got = basinscope.compute_bif(tree, **arguments(*kind))["influences"]
+        expected = ORACLES[kind[0]](traces, traces, kind[1])
+        bound = ONE * influence_scale(traces, kind[1])
+        np.testing.assert_allclose(got, expected, rtol=0, atol=bound)
     got = basinscope.compute_susceptibilities(
         {"full": tree, "l0": tree}, "a", include_sampling_task=True
     )
     expected = susceptibility(tree, tree, "a", "a").ravel()
-    close(got["susceptibilities"]["sus"].to_numpy()[:, 0], expected, "susceptibilities")
+    found = got["susceptibilities"]["sus"].to_numpy()[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=100 * SUMS)
 
 
 @pytest.mark.parametrize(("chains", "method"), [(1, "stack"), (1, "mean"), (3, "mean")])
@@ -333,10 +341,11 @@ def susceptibility(full: xr.DataTree, tree: xr.DataTree, task: str, obs_id: str)
 
 
 def tree_with_constants(dtype: str, chains: str) -> xr.DataTree:
-    """Let token 2 of sequence 0 and all of sequence 3 never change, nor differ where stacked."""
-    tree = random_tree(5, chains=3, draws=11, tokens=3, dtype=dtype)
+    """Let token 3 of the first sequence and all of "b" never change, nor differ where stacked."""
+    sizes = {"chains": 3, "draws": 7, "tokens": 3, "observables": {"a": 2, "b": 4}}
+    tree = random_tree(5, **sizes, dtype=dtype)
     origin = slice(1) if chains == "stack" else slice(None)
-    for name, place in (("a", (0, 2)), ("b", (0, slice(None)))):
+    for name, place in (("a", (0, 2)), ("b", (slice(None), slice(None)))):
         losses = tree[f"loss_{name}"].to_numpy().copy()
         losses[(slice(None), slice(None), *place)] = losses[(origin, slice(1), *place)]
         tree[f"loss_{name}"] = tree[f"loss_{name}"].copy(data=losses)
@@ -362,10 +371,9 @@ def selected(choice: list[int] | None, sequences: int) -> list[int]:
     return list(range(sequences)) if choice is None else [row % sequences for row in choice]
 
 
-def close(got: np.ndarray, expected: np.ndarray, what: str) -> None:
-    """Compare, NaN with NaN, up to the rounding of a float32 at the scale of the whole array."""
-    scale = np.nanmax(np.abs(expected)) if np.isfinite(expected).any() else 1.0
-    np.testing.assert_allclose(got, expected, rtol=0, atol=ONE * scale, err_msg=what)
+def influence_scale(traces: np.ndarray, kind: str) -> float:
+    """What an influence can reach: a correlation 1, a covariance the largest variance."""
+    return 1.0 if kind == "correlation" else float(traces.var(2, ddof=1).max())
 
 
 def require_partners(
@@ -380,8 +388,8 @@ def require_partners(
     tokens = traces.shape[1]
     kind = "covariance" if covariance else "correlation"
     block = reference.token_blocks(traces[[q[0] for q in queries]], traces[candidates], kind)
-    scale = np.nanmax(np.abs(block), initial=0) or 1.0
-    bound: dict[str, Any] = {"rtol": 0, "atol": ONE * scale}
+    zero = ONE * influence_scale(traces, kind)
+    bound: dict[str, Any] = {"rtol": 0, "atol": zero}
     assert got["influences"].dims == ("sign", "query", "rank")
     assert got["influences"].shape == (2, len(queries), top_k)
     assert got["query_batch"].values.tolist() == [sequence for sequence, _ in queries]
@@ -395,10 +403,7 @@ def require_partners(
             expected = np.where(wanted < 0, np.nan, influences[wanted])
             # an influence of zero may come out as a rounding of either sign: not compared
             np.testing.assert_allclose(
-                *(
-                    np.where(np.abs(v) > ONE * scale, v, np.nan)
-                    for v in (found["influences"], expected)
-                ),
+                *(np.where(np.abs(v) > zero, v, np.nan) for v in (found["influences"], expected)),
                 **bound,
             )
             there = ~found["influences"].isnull().to_numpy()

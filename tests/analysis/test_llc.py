@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 
 import basinscope
-from basinscope.analysis.diagnostics import chain_diagnostics
+from basinscope.analysis.diagnostics import chain_diagnostics, diagnose_trace
+from basinscope.analysis.plan import PlanError
 from basinscope.io.store import SampleStore
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
@@ -47,22 +50,76 @@ def test_every_variable_is_its_formula(store: Path) -> None:
     got = basinscope.compute_llc(store).compute()
     raw = xr.open_datatree(store, engine="zarr", consolidated=False)
     losses = raw["sampling_loss_micro"].to_numpy().astype(np.float64)
-    init = raw["init_loss"].to_numpy().astype(np.float64).mean()
+    init = raw["init_loss"].to_numpy().astype(np.float64)
+    observed = raw["loss_a"].to_numpy().astype(np.float64)
     trace = losses.mean((2, 3))
-    per_chain = 12.0 * (trace.mean(1) - init)
+    per_chain = 12.0 * (trace.mean(1) - init.mean())
+    judged = diagnose_trace(list(trace))
     expected = {
         "loss_trace": trace,
-        "init_loss": init,
+        "init_loss": init.mean(),
         "llc_per_chain": per_chain,
         "llc_mean": per_chain.mean(),
         "llc_std": per_chain.std(),
-        "llc_scalar": 12.0 * (losses.mean() - init),
+        "llc_scalar": 12.0 * (losses.mean() - init.mean()),
         "n_beta": 12.0,
+        "llc_token": 12.0 * (losses.mean((0, 1, 2)) - init.mean(0)),
+        "llc_running": 12.0 * (trace.cumsum(1) / np.arange(1, 26) - init.mean()),
+        "llc_a": 12.0 * (observed.mean() - observed[:, 0].mean()),
+        "llc_mcse": 12.0 * judged["mcse_mean"],
+        "rhat": judged["rhat"],
+        "ess_bulk": judged["ess_bulk"],
     }
     assert set(got.data_vars) == set(expected)
     for name, value in expected.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-12, err_msg=name)
+        np.testing.assert_allclose(got[name], value, rtol=1e-9, err_msg=name)
+        assert {"long_name", "units"} <= set(got[name].attrs), name
     assert got["loss_trace"].attrs["units"] == "nats"
+    assert got.attrs["metadata"] == raw.attrs["metadata"]
+
+
+def test_burn_in_drops_steps(store: Path) -> None:
+    whole = basinscope.compute_llc(store).compute()
+    got = basinscope.compute_llc(store, burn_in=7, observables=[]).compute()
+    assert got["step"].values.tolist() == list(range(7, 25))
+    np.testing.assert_allclose(got["loss_trace"], whole["loss_trace"][:, 7:])
+    rise = whole["loss_trace"][:, 7:].mean("step") - whole["init_loss"]
+    np.testing.assert_allclose(got["llc_per_chain"], 12.0 * rise)
+    assert "llc_a" not in got
+    for wrong in (25, -1, 2.5, True):
+        with pytest.raises(ValueError, match="burn_in"):
+            basinscope.compute_llc(store, burn_in=wrong)  # type: ignore[arg-type]
+
+
+def test_burn_in_of_draws_counts_their_steps(store: Path) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    raw.dataset = raw.dataset.drop_vars("sampling_loss_micro")
+    got = basinscope.compute_llc(raw, burn_in=8).compute()  # draw 0 is step 5
+    assert got["draw"].values.tolist() == list(range(3, 20))
+
+
+def test_an_observable_is_measured_from_its_loss_at_the_checkpoint_where_it_is_stored(
+    store: Path,
+) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    raw.dataset = raw.dataset.assign(init_loss_a=raw["init_loss"] * 0 + 2.0)
+    got = basinscope.compute_llc(raw)
+    mean = raw["loss_a"].to_numpy().astype(np.float64).mean()
+    np.testing.assert_allclose(got["llc_a"], 12.0 * (mean - 2.0), rtol=1e-9)
+
+
+def test_an_observable_named_like_a_variable_takes_nothing_away(store: Path) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    raw.dataset = raw.dataset.rename(loss_a="loss_mean", input_ids_a="input_ids_mean")
+    got = basinscope.compute_llc(raw)
+    whole = basinscope.compute_llc(store)
+    np.testing.assert_allclose(got["llc_mean"], whole["llc_mean"])
+    np.testing.assert_allclose(got["llc_mean_observable"], whole["llc_a"])
+
+
+def test_an_unknown_observable_is_named_with_those_there_are(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"no observable 'b'; it has a"):
+        basinscope.compute_llc(store, observables=["b"])
 
 
 def test_nothing_is_computed_before_it_is_asked_for(store: Path) -> None:
@@ -85,9 +142,7 @@ def test_without_losses_of_steps_the_trace_is_that_of_draws(store: Path) -> None
     )
 
 
-def test_a_chain_that_is_not_done_is_left_out_and_named(store: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_a_chain_that_failed_is_left_out_and_named(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "s.zarr")
     changed = SampleStore(tmp_path / "s.zarr")
     changed.update_record(1, state="failed", failed_step=7, reason="the loss is not finite")
@@ -98,12 +153,77 @@ def test_a_chain_that_is_not_done_is_left_out_and_named(store: Path, tmp_path: P
     np.testing.assert_allclose(got["llc_mean"], whole["llc_per_chain"].isel(chain=[0, 2]).mean())
 
     for chain in (0, 2):
-        changed.update_record(chain, state="pending")
-    with (
-        pytest.warns(UserWarning, match="was not started"),
-        pytest.raises(ValueError, match="no chain of this store can be analysed"),
-    ):
+        changed.update_record(chain, state="failed", failed_step=0, reason="the loss is not finite")
+    with pytest.raises(ValueError, match=r"no chain of .* can be analysed"):
         basinscope.compute_llc(tmp_path / "s.zarr")
+
+
+def test_an_unfinished_store_is_taken_as_far_as_it_is_written(store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store, path)
+    changed = SampleStore(path)
+    changed.update_record(1, state="running", steps_written=13, draws_written=8)
+    changed.update_record(2, state="pending", steps_written=0, draws_written=0)
+    with pytest.raises(ValueError, match=r"chain 1 is unfinished \(8 draws.*allow_incomplete=True"):
+        basinscope.compute_llc(path)
+    with pytest.warns(UserWarning, match="chain 2 was not started"):
+        got = basinscope.compute_llc(path, allow_incomplete=True).compute()
+    whole = basinscope.compute_llc(store).compute()
+    assert got["chain"].values.tolist() == [0, 1]
+    np.testing.assert_allclose(got["loss_trace"][1, :13], whole["loss_trace"][1, :13])
+    assert np.isnan(got["loss_trace"][1, 13:]).all()
+    assert np.isnan(got["llc_running"][1, 13:]).all()
+    rise = whole["loss_trace"][1, :13].mean() - got["init_loss"]
+    np.testing.assert_allclose(got["llc_per_chain"][1], 12.0 * rise)
+    both = np.concatenate([whole["loss_trace"][0], whole["loss_trace"][1, :13]]).mean()
+    np.testing.assert_allclose(got["llc_scalar"], 12.0 * (both - got["init_loss"]))
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)["loss_a"].to_numpy()
+    written = np.concatenate([raw[0], raw[1, :8]]).mean(dtype=np.float64)
+    first = raw[:2, 0].mean(dtype=np.float64)
+    np.testing.assert_allclose(got["llc_a"], 12.0 * (written - first), rtol=1e-9)
+
+
+def test_a_nan_that_was_written_is_not_skipped(store: Path) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False).load()
+    raw["sampling_loss_micro"][1, 3, 0, 0] = np.nan
+    got = basinscope.compute_llc(raw).compute()
+    assert np.isnan(got["llc_per_chain"]).values.tolist() == [False, True, False]
+    assert np.isnan(got["llc_mean"])
+
+
+def test_a_file_that_the_record_knows_and_the_disk_does_not_is_an_error(
+    store: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store, path)
+    next((path / "sampling_loss_micro" / "c" / "1").rglob("*/0/0")).unlink()
+    with pytest.raises(ValueError, match="although the store records it as written"):
+        basinscope.compute_llc(path).compute()
+
+
+def test_a_store_without_any_record_has_to_be_complete(store: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    shutil.copytree(store, path)
+    shutil.rmtree(path / "chains")
+    root = zarr.open_group(path, mode="r+")
+    del root.attrs["completed"]
+    with pytest.raises(ValueError, match="was not completed, and keeps no record"):
+        basinscope.compute_llc(path, allow_incomplete=True)
+
+
+def test_too_little_memory_is_refused_with_what_would_do(store: Path) -> None:
+    with pytest.raises(PlanError, match=r"the LLC needs .* memory_limit is 100 B: give memory"):
+        basinscope.compute_llc(store, memory_limit=100)
+    with pytest.raises(ValueError, match="is no size"):
+        basinscope.compute_llc(store, memory_limit="much")
+
+
+def test_one_chain_of_one_step_has_an_llc_and_no_error(store: Path) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    one = raw.dataset.isel(chain=[0], step=[0], draw=[0], token_pos=[0], batch_a=[0])
+    got = basinscope.compute_llc(xr.DataTree(one)).compute()
+    assert np.isfinite(got["llc_mean"])
+    assert np.isnan(got["llc_mcse"])
 
 
 def test_llc_samples_and_computes(tmp_path: Path, store: Path) -> None:
@@ -127,14 +247,23 @@ def test_diagnostics_know_good_chains_from_bad() -> None:
     found = chain_diagnostics(good)
     assert abs(float(found["rhat"]) - 1) < 0.01
     assert 1000 < float(found["ess_bulk"]) < 3000
-    assert abs(float(found["mcse_mean"]) - 1 / np.sqrt(2000)) < 0.01
+    assert 0.02 < float(found["mcse_mean"]) < 0.03  # 1 / sqrt(2000), or a little more
     apart = good + xr.DataArray([0.0, 0.0, 0.0, 3.0], dims="chain")
     assert float(chain_diagnostics(apart)["rhat"]) > 1.2
+
+
+def test_noise_that_chains_share_does_not_average_out() -> None:
+    rng = np.random.default_rng(1)
+    shared = rng.standard_normal(500) + 0.01 * rng.standard_normal((16, 500))
+    alone = 1 / np.sqrt(500)
+    found = diagnose_trace(list(shared))["mcse_mean"]
+    assert 0.8 * alone < found < 1.25 * alone  # and not a quarter of it
 
 
 def test_analysis_never_imports_torch(store: Path) -> None:
     code = (
         "import sys, basinscope; basinscope.compute_llc(sys.argv[1]).compute();"
+        "basinscope.compute_bif(sys.argv[1], average_tokenwise_bif=True).compute();"
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(store)], check=True)

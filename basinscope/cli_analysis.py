@@ -1,0 +1,368 @@
+"""Commands that analyse stores: ``basinscope llc | bif | susceptibilities``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from basinscope.report.console import err, out, readable_errors, short_warnings
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from basinscope.analysis.plan import Plan
+
+Stores = Annotated[list[Path], typer.Argument(help="Sampling stores (.zarr directories).")]
+Output = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Write the result to this Zarr store.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be read, held and computed; do nothing.")
+]
+Incomplete = Annotated[
+    bool, typer.Option("--allow-incomplete", help="Take what running or stopped stores have.")
+]
+MemoryLimit = Annotated[
+    str | None, typer.Option(help="Such as 4GiB. Default: half of the free memory.")
+]
+Threads = Annotated[int | None, typer.Option(help="Tasks at once. Default: one for each core.")]
+Scheduler = Annotated[
+    str | None, typer.Option(help="Address of a Dask cluster to run on, tcp://host:port.")
+]
+Profile = Annotated[
+    Path | None, typer.Option(help="Write Dask's profile and a summary to this directory.")
+]
+
+
+def llc(
+    stores: Stores,
+    output: Output = None,
+    burn_in: Annotated[int, typer.Option(help="Steps to leave out of every chain.")] = 0,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    allow_incomplete: Incomplete = False,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    scheduler: Scheduler = None,
+    profile: Profile = None,
+) -> None:
+    """Estimate the local learning coefficient of stores, with its uncertainty."""
+    with readable_errors(), short_warnings(), _running_on(threads, scheduler):
+        import xarray as xr
+
+        from basinscope.analysis.llc import compute_llc, plan_of_llc
+        from basinscope.report.tables import llc_figures, llc_table
+
+        options: dict[str, Any] = {"burn_in": burn_in, "allow_incomplete": allow_incomplete}
+        plans = {str(store): plan_of_llc(store, **options) for store in stores}
+        if dry_run:
+            _show_plans(plans, as_json)
+            return
+        found: list[dict[str, Any]] = []
+        estimates: dict[str, xr.Dataset] = {}
+        for store in stores:
+            lazy = compute_llc(store, memory_limit=memory_limit, **options)
+            at = None if profile is None else profile / store.stem if len(stores) > 1 else profile
+            estimate = _computed(lazy.compute, plans[str(store)], at)
+            estimates[store.stem] = estimate
+            found.append({"store": str(store), **llc_figures(estimate)})
+            if not as_json:
+                if len(stores) > 1:
+                    out.print(f"[bold]{store}[/]")
+                out.print(llc_table(estimate))
+                out.print(
+                    f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
+                    f"{float(estimate['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
+                    "± is the Monte Carlo standard error; trust it once R-hat is below 1.01."
+                )
+        if output is not None:
+            _write(
+                xr.DataTree(estimates[stores[0].stem])
+                if len(stores) == 1
+                else xr.DataTree.from_dict(_distinct(stores, estimates)),
+                output,
+                {"llc": options, "stores": [str(store) for store in stores]},
+            )
+        if as_json:
+            print(json.dumps(found[0] if len(found) == 1 else found))
+
+
+def bif(
+    store: Annotated[Path, typer.Argument(help="A sampling store (a .zarr directory).")],
+    output: Output = None,
+    method: Annotated[str, typer.Option(help="token or sequence.")] = "token",
+    chains: Annotated[str, typer.Option(help="stack them, or take their mean.")] = "stack",
+    observable: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be given again. Default: all.")
+    ] = None,
+    rows_1: Annotated[
+        str | None, typer.Option(help="Sequences on the left, such as 0:32,40. Default: all.")
+    ] = None,
+    rows_2: Annotated[str | None, typer.Option(help="Sequences on the right.")] = None,
+    average: Annotated[bool, typer.Option("--average", help="Average over both tokens.")] = False,
+    covariance: Annotated[
+        bool, typer.Option("--covariance", help="Covariance instead of correlation.")
+    ] = False,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the strongest partners of each query token.")
+    ] = None,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(help="A query token as SEQUENCE:POSITION (from 1); may be given again."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda: products on the GPU.")] = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    allow_incomplete: Incomplete = False,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    scheduler: Scheduler = None,
+    profile: Profile = None,
+) -> None:
+    """Correlate the losses of tokens or sequences over the draws.
+
+    Influence between all tokens is large: write it with --out, ask for the strongest partners with
+    --top-k, or for the mean over tokens with --average.
+    """
+    with readable_errors(), short_warnings(), _running_on(threads, scheduler):
+        from basinscope.analysis.bif import compute_bif, plan_bif
+        from basinscope.report.tables import influence_pairs, influence_table, partner_table
+
+        options: dict[str, Any] = {
+            "correlation_method": method,
+            "reduce_chain_dimension_method": chains,
+            "loss_keys": observable or "all",
+            "batch_index_range_1": _parse_rows("--rows-1", rows_1),
+            "batch_index_range_2": _parse_rows("--rows-2", rows_2),
+            "average_tokenwise_bif": average,
+            "compute_covariance": covariance,
+            "top_k": top_k,
+            "queries": [_parse_query(text) for text in query] if query else "all",
+            "device": device,
+            "allow_incomplete": allow_incomplete,
+            "memory_limit": memory_limit,
+        }
+        plan = plan_bif(store, **options)
+        if dry_run:
+            _show_plans({str(store): plan}, as_json)
+            return
+        between_tokens = method == "token" and not average and top_k is None
+        if between_tokens and output is None:
+            raise ValueError(
+                "influence between all tokens has four dimensions: write it with --out, or ask "
+                "for --top-k K or --average"
+            )
+        lazy = compute_bif(store, **options) if output is None else None
+        result = _computed(
+            lambda: (
+                lazy.compute()
+                if lazy is not None
+                else compute_bif(store, output_path=output, **options)
+            ),
+            plan,
+            profile,
+        )
+        if output is not None:
+            _say_written(output, as_json)
+        if between_tokens:
+            if as_json:
+                print(json.dumps({"output": str(output), "shape": result["influences"].shape}))
+            return
+        result = result.compute()
+        if top_k is None:
+            pairs = influence_pairs(result, 10)
+            print(json.dumps(pairs)) if as_json else out.print(influence_table(pairs))
+        elif as_json:
+            fields = ("influences", "partner_batch", "partner_target_position")
+            figures = {name: result[name].to_numpy().tolist() for name in fields}
+            print(json.dumps(figures).replace("NaN", "null"))
+        else:
+            out.print(partner_table(result, queries=8, partners=3))
+
+
+def susceptibilities(
+    stores: Annotated[
+        list[str],
+        typer.Argument(
+            help="NAME=STORE for each restriction, full=STORE among them; or stores whose names "
+            "end in it, such as s_full.zarr s_l0.zarr."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="The observable on the data that was sampled on.")],
+    output: Output = None,
+    observable: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be given again.")
+    ] = None,
+    include_task: Annotated[
+        bool, typer.Option("--include-task", help="Ask about the task's tokens too.")
+    ] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    allow_incomplete: Incomplete = False,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    scheduler: Scheduler = None,
+    profile: Profile = None,
+) -> None:
+    """Estimate the susceptibility of every token to every weight restriction."""
+    with readable_errors(), short_warnings(), _running_on(threads, scheduler):
+        from basinscope.analysis.susceptibilities import (
+            compute_susceptibilities,
+            plan_of_susceptibilities,
+        )
+        from basinscope.report.tables import susceptibility_figures, susceptibility_table
+
+        restrictions = parse_restrictions(stores)
+        options: dict[str, Any] = {
+            "observable_names": observable or None,
+            "include_sampling_task": include_task,
+            "allow_incomplete": allow_incomplete,
+            "memory_limit": memory_limit,
+        }
+        plan = plan_of_susceptibilities(restrictions, task, **options)
+        if dry_run:
+            _show_plans({f"{len(restrictions)} stores": plan}, as_json)
+            return
+        lazy = compute_susceptibilities(restrictions, task, **options) if output is None else None
+        result = _computed(
+            lambda: (
+                lazy.compute()
+                if lazy is not None
+                else compute_susceptibilities(restrictions, task, output_path=output, **options)
+            ),
+            plan,
+            profile,
+        )
+        if output is not None:
+            _say_written(output, as_json)
+        figures = susceptibility_figures(result.compute())
+        print(json.dumps(figures)) if as_json else out.print(susceptibility_table(figures))
+
+
+def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
+    """Give each store the name of its weight restriction.
+
+    Examples
+    --------
+    >>> sorted(parse_restrictions(["full=a.zarr", "l0=b.zarr"]))
+    ['full', 'l0']
+    >>> sorted(parse_restrictions(["runs/s_full.zarr", "runs/s_l0h1.zarr"]))
+    ['full', 'l0h1']
+    """
+    named = [text.partition("=") for text in stores]
+    if all(separator for _, separator, _ in named):
+        pairs = [(name, Path(path)) for name, _, path in named]
+    elif any(separator for _, separator, _ in named):
+        raise ValueError("give every store as NAME=STORE, or none")
+    else:
+        paths = [Path(text) for text in stores]
+        full = [path.stem for path in paths if path.stem.endswith("full")]
+        prefix = full[0].removesuffix("full") if len(full) == 1 else None
+        if prefix is None or not all(path.stem.startswith(prefix) for path in paths):
+            raise ValueError(
+                "the restrictions cannot be told from the names of the stores (one must end in "
+                "'full', and all begin alike): give them as NAME=STORE"
+            )
+        pairs = [(path.stem.removeprefix(prefix), path) for path in paths]
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"restriction {', '.join(twice)} is given twice")
+    return dict(pairs)
+
+
+def _parse_rows(option: str, text: str | None) -> list[int] | str:
+    """Read "0:32,40" as numbers of sequences; None is all."""
+    if text is None:
+        return "all"
+    rows: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, last = part.partition(":")
+            rows += range(int(first), int(last)) if colon else [int(first)]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: give sequences such as 0:32,40") from None
+    return rows
+
+
+def _parse_query(text: str) -> tuple[int, int]:
+    sequence, _, position = text.partition(":")
+    try:
+        return int(sequence), int(position)
+    except ValueError:
+        raise ValueError(f"--query {text!r}: give SEQUENCE:POSITION, such as 3:17") from None
+
+
+def _distinct(
+    stores: Sequence[Path], estimates: Mapping[str, xr.Dataset]
+) -> Mapping[str, xr.Dataset]:
+    if len(estimates) < len(stores):
+        raise ValueError("several stores have the same name: write their results one by one")
+    return estimates
+
+
+@contextmanager
+def _running_on(threads: int | None, scheduler: str | None) -> Iterator[None]:
+    """Run on so many threads of this process, or on a cluster."""
+    import dask
+
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads {threads}: give 1 or more")
+    if scheduler is None:
+        with dask.config.set(num_workers=threads) if threads else nullcontext():
+            yield
+        return
+    from distributed import Client
+
+    with Client(scheduler):
+        yield
+
+
+def _computed(work: Callable[[], Any], plan: Plan, profile: Path | None) -> Any:
+    """Compute with a progress bar, profiled if asked."""
+    from basinscope.io.results import progress_bar
+
+    if profile is None:
+        with progress_bar():
+            return work()
+    from basinscope.report.profile import profiled
+
+    with profiled(profile, plan) as summary, progress_bar():
+        result = work()
+    err.print(
+        f"{summary['seconds']:.2f} s, {summary['gb_per_s']:.2f} GB/s of losses, "
+        f"{summary['gflop_per_s']:.1f} GFLOP/s; see {profile / 'profile.html'}",
+        soft_wrap=True,
+    )
+    return result
+
+
+def _write(result: xr.DataTree, output: Path, settings: dict[str, Any]) -> None:
+    from basinscope.io.results import write_result
+
+    write_result(result, output, settings)
+    _say_written(output, as_json=False)
+
+
+def _say_written(output: Path, as_json: bool) -> None:
+    (err if as_json else out).print(f"written to {output}", soft_wrap=True)
+
+
+def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from basinscope.report.tables import plan_table
+
+    if as_json:
+        print(json.dumps({name: asdict(plan) for name, plan in plans.items()}))
+        return
+    for name, plan in plans.items():
+        out.print(plan_table(name, plan))
+        for note in plan.notes:
+            out.print(note, soft_wrap=True)
