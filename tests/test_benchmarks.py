@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, sampling, store
+from benchmarks import analysis, harness, sampling, store
 
 
 @pytest.mark.peer
@@ -30,6 +30,20 @@ def test_stores_are_smaller_than_the_peers() -> None:
     assert figures["losses_ratio"] <= 0.88
     assert figures["ids_ratio"] <= 0.1
     assert figures["stall_share"] <= 0.02
+
+
+@pytest.mark.peer
+def test_analysis_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "analysis.jsonl"
+    command = ["analysis", "--toy", "--rounds", "1", "--limit", "64MB", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    analysis.main()
+    found = {line["benchmark"]: line for line in map(json.loads, out.read_text().splitlines())}
+    token = found["analysis token influence, from disk"]
+    assert token["ratio"] == pytest.approx(token["peer_s"] / token["ours_s"], rel=0.2)
+    large = [line for name, line in found.items() if "out of core" in name]
+    assert len(large) == len(analysis.ANALYSES)
+    assert all(line["within"] for line in large)
 
 
 def test_paired_reports_peer_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import xarray as xr
 import yaml
 from typer.testing import CliRunner, Result
 
@@ -119,6 +121,85 @@ def test_chains_are_read_from_text() -> None:
     assert parse_chains("5") == [5]
     with pytest.raises(ValueError, match="FIRST:END"):
         parse_chains("a:b")
+
+
+def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
+    store = folder / "runs" / "samples.zarr"
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+
+    averaged = json.loads(invoke("bif", store, "--average", "--json").stdout)
+    influences = basinscope.compute_bif(store, average_tokenwise_bif=True).compute().influences
+    pairs = np.triu(np.abs(influences.to_numpy()), 1)
+    assert abs(averaged[0]["influence"]) == pytest.approx(pairs.max())
+    assert f"{averaged[0]['influence']:+.4f}" in invoke("bif", store, "--average").output
+
+    asked = ("bif", store, "--top-k", "2", "--query", "1:3", "--observable", "first")
+    found = json.loads(invoke(*asked, "--json").stdout)
+    expected = basinscope.compute_bif(store, top_k=2, queries=[(1, 3)], loss_keys=["first"])
+    assert np.shape(found["influences"]) == (2, 1, 2)
+    np.testing.assert_allclose(found["influences"], expected.influences, rtol=1e-5)
+    assert "1:3" in invoke(*asked).output
+
+    written = folder / "bif.zarr"
+    all_pairs = invoke("bif", store, "--rows-1", "0:2,4", "-o", written)
+    assert all_pairs.exit_code == 0, all_pairs.output
+    again = xr.open_dataset(written, engine="zarr", consolidated=False)
+    assert again["batch_1"].values.tolist() == [0, 1, 4]
+    assert "four dimensions" in invoke("bif", store).output
+
+    assert invoke("llc", store, "--burn-in", "2", "-o", folder / "llc.zarr").exit_code == 0
+    kept = xr.open_dataset(folder / "llc.zarr", engine="zarr", consolidated=False)
+    expected_llc = basinscope.compute_llc(store, burn_in=2)
+    np.testing.assert_allclose(kept["llc_mean"], expected_llc["llc_mean"])
+    both = json.loads(invoke("llc", store, store, "--json").stdout)
+    assert [row["store"] for row in both] == [str(store)] * 2
+
+
+def test_susceptibilities_from_the_shell(folder: Path) -> None:
+    for name in ("full", "l0"):
+        plan = write_plan(folder, output=str(folder / f"s_{name}.zarr"))
+        assert invoke("sample", plan).exit_code == 0
+    stores = [folder / "s_full.zarr", folder / "s_l0.zarr"]
+    found = json.loads(invoke("susceptibilities", *stores, "--task", "first", "--json").stdout)
+    assert [(row["restriction"], row["observable"]) for row in found] == [("l0", "second")]
+    expected = basinscope.compute_susceptibilities(
+        dict(zip(("full", "l0"), stores, strict=False)), "first"
+    )
+    mean = float(expected["susceptibilities"]["sus"].mean())
+    assert found[0]["mean"] == pytest.approx(mean)
+    table = invoke("susceptibilities", *stores, "--task", "first", "-o", folder / "sus.zarr")
+    assert f"{mean:+.3e}" in table.output
+    assert (folder / "sus.zarr" / "susceptibilities" / "sus").is_dir()
+    assert "no observable" in invoke("susceptibilities", *stores, "--task", "third").output
+    refused = invoke("susceptibilities", stores[1], "--task", "first")
+    assert "cannot be told from the names" in refused.output.replace("\n", " ")
+
+
+def test_a_dry_run_says_what_would_be_read_and_does_nothing(folder: Path) -> None:
+    store = folder / "runs" / "samples.zarr"
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+    out = folder / "bif.zarr"
+    planned = json.loads(invoke("bif", store, "--dry-run", "--json", "-o", out).stdout)
+    plan = basinscope.plan("bif", store)
+    assert planned[str(store)]["bytes_to_read"] == plan.bytes_to_read > 0
+    assert planned[str(store)]["flops"] == plan.flops > 0
+    assert not out.exists()
+    assert "peak memory" in invoke("llc", store, "--dry-run").output
+    assert "memory_limit" in invoke("bif", store, "--average", "--memory-limit", "10").output
+
+
+def test_a_profile_holds_a_page_and_figures(folder: Path) -> None:
+    store = folder / "runs" / "samples.zarr"
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+    done = invoke("bif", store, "--average", "--profile", folder / "profile")
+    assert done.exit_code == 0, done.output
+    summary = json.loads((folder / "profile" / "summary.json").read_text())
+    plan = basinscope.plan("bif", store, average_tokenwise_bif=True)
+    assert summary["bytes_to_read"] == plan.bytes_to_read
+    rate = summary["bytes_to_read"] / summary["seconds"] / 1e9
+    assert summary["gb_per_s"] == pytest.approx(rate, abs=1e-3)
+    assert summary["file_bytes"] > 0
+    assert "bokeh" in (folder / "profile" / "profile.html").read_text()[:5000].lower()
 
 
 def write_plan(folder: Path, **changes: object) -> Path:

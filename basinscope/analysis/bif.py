@@ -186,6 +186,9 @@ class BifOptions:
                 isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1
             ):
                 raise ValueError(f"{name}={value!r}: give an integer of 1 or more, or None")
+            object.__setattr__(self, name, None if value is None else int(value))
+        if not _is_all(self.loss_keys) and not len(self.loss_keys):
+            raise ValueError("loss_keys=[]: give 'all' or one observable at least")
         if self.top_k is not None and (
             self.correlation_method != "token" or self.average_tokenwise_bif
         ):
@@ -212,7 +215,7 @@ class BifOptions:
         fields.pop("device")
         for name in ("batch_index_range_1", "batch_index_range_2", "queries"):
             if not _is_all(fields[name]):
-                fields[name] = digest(np.asarray(fields[name]))
+                fields[name] = digest(_as_array(fields[name]))
         return fields | {
             "loss_keys": fields["loss_keys"] if _is_all(self.loss_keys) else list(self.loss_keys)
         }
@@ -522,7 +525,7 @@ def _rows(wanted: Literal["all"] | Sequence[int], count: int, name: str) -> np.n
     """Check a selection of sequences; negative numbers count from the end."""
     if _is_all(wanted):
         return np.arange(count)
-    rows = np.asarray(wanted)
+    rows = _as_array(wanted)
     if rows.ndim != 1 or not len(rows) or rows.dtype.kind not in "iu":
         raise ValueError(f"{name}={wanted!r}: give 'all' or a list of sequence numbers")
     if rows.min() < 0 or rows.max() >= count:
@@ -539,7 +542,7 @@ def _query_tokens(
     """Give sequence and token (from 0) of each query."""
     if _is_all(wanted):
         return np.repeat(rows, tokens), np.tile(np.arange(tokens), len(rows))
-    pairs = np.asarray(wanted)
+    pairs = _as_array(wanted)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or pairs.dtype.kind not in "iu":
         raise ValueError("queries: give 'all' or a list of (batch, target_position) pairs")
     sequences, positions = pairs.T.astype(np.int64)
@@ -551,6 +554,13 @@ def _query_tokens(
             f"{count - 1} and positions 1 to {tokens}"
         )
     return sequences, positions - 1
+
+
+def _as_array(wanted: Any) -> np.ndarray:
+    try:
+        return np.asarray(wanted)
+    except ValueError:  # of lists of different lengths
+        return np.empty(0, object)
 
 
 def _is_all(wanted: Any) -> bool:

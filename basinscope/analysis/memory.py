@@ -26,8 +26,10 @@ def parse_memory_limit(limit: int | str | None) -> int:
     if limit is None:
         return free_memory() // 2
     try:
+        if isinstance(limit, bool) or not isinstance(limit, (int, float, str)):
+            raise TypeError(type(limit).__name__)
         found = int(parse_bytes(limit))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(
             f"memory_limit={limit!r} is no size: give bytes, or such as '512MB' or '2GiB'"
         ) from error

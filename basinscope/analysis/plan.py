@@ -17,7 +17,8 @@ CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its par
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
-AMPLIFIED = 2.0  # reading a byte more often than this is answered by another order or a copy
+AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
+COPIED = 8.0  # and more often than this, which our own chunks never cost, a copy is read instead
 
 
 class PlanError(ValueError):
@@ -76,7 +77,7 @@ class Plan:
         """
         if self.peak_memory <= memory_limit:
             return
-        advice = f"give memory_limit={_size(self.least_memory)!r} or more"
+        advice = f"give memory_limit={self.least_memory} ({_size(self.least_memory)}) or more"
         if self.workers > 1:
             advice += ", or fewer workers (dask.config.set(num_workers=1) takes least)"
         raise PlanError(
@@ -306,9 +307,10 @@ def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Pla
     budget = limit - count * chunk
     all_rows = problem.all_rows
     traces = row * len(all_rows)
-    held = traces <= budget // 2
+    side = block or 1
+    share = min((budget - traces) // (2 * count), OUTPUT_BLOCK_BYTES)
+    held = traces <= budget // 2 and share >= pair * side**2
     if held:
-        share = min((budget - traces) // (2 * count), OUTPUT_BLOCK_BYTES)
         chosen = block or math.isqrt(max(0, share) // pair)
     else:
         share = max(0, budget // count)
@@ -324,7 +326,7 @@ def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Pla
         reads = cuts_2 * problem.sweep(problem.rows_1, chosen)
         reads += cuts_1 * problem.sweep(problem.rows_2, chosen)
         peak = count * (chunk + 2 * chosen * row + chosen * chosen * pair)
-    least = count * (chunk + 2 * row + pair)
+    least = count * (chunk + 2 * side * row + side * side * pair)
     plan = Plan(
         "token influence", problem.bytes_of(np.unique(all_rows)), reads, peak,
         len(problem.rows_1) * len(problem.rows_2) * pair,
@@ -339,11 +341,13 @@ def _plan_top_k(problem: Influence, limit: int, block: int | None) -> tuple[Plan
     results = 2 * problem.queries * problem.top_k * 24  # value, batch, position, for both signs
     budget = limit - count * chunk - results
     a_query = 4 * problem.samples
-    queries = max(1, min(problem.queries, budget // 4 // a_query))
-    panel = min(queries, QUERY_PANEL)
-    a_candidate = row + 3 * panel * 4 * problem.tokens  # its traces, its products and their groups
-    share = (budget - queries * a_query) // count
-    chosen = max(1, min(block or share // a_candidate, len(problem.rows_2)))
+    queries, chosen, a_candidate = 2 * problem.queries, 0, 0
+    while queries > 1 and chosen < (block or 1):
+        queries = max(1, min(queries // 2, budget // 4 // a_query))
+        products = 3 * 4 * min(queries, QUERY_PANEL) * problem.tokens  # and their groups
+        a_candidate = row + products
+        chosen = (budget - queries * a_query) // count // a_candidate
+    chosen = max(1, min(block or chosen, len(problem.rows_2)))
     passes = math.ceil(problem.queries / queries)
     reads = passes * problem.sweep(problem.rows_2, chosen) + problem.bytes_of(problem.rows_1)
     fixed = results + queries * a_query
@@ -353,7 +357,7 @@ def _plan_top_k(problem: Influence, limit: int, block: int | None) -> tuple[Plan
         fixed + count * (chunk + chosen * a_candidate), results,
         2 * problem.samples * problem.queries * len(problem.rows_2) * problem.tokens,
         passes * _cuts(problem.rows_2, chosen) + 2, count,
-        results + a_query + count * (chunk + row + 12 * problem.tokens),
+        results + a_query + count * (chunk + (block or 1) * (row + 12 * problem.tokens)),
     )  # fmt: skip
     blocks = Blocks(chosen, chosen, held=False, queries=queries)
     return _with_copy(problem, plan, blocks, passes * len(problem.rows_2) * row)
@@ -406,7 +410,7 @@ def _with_copy(
     everything = sum(layout.nbytes for layout in problem.layouts)
     once = problem.bytes_of(np.unique(problem.rows_2))
     in_blocks = problem.sweep(problem.rows_2, blocks.output)
-    if blocks.held or in_blocks <= AMPLIFIED * once:
+    if blocks.held or in_blocks <= COPIED * once:
         return plan, blocks
     return (
         replace(

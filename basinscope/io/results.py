@@ -120,7 +120,7 @@ def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     described = result.copy()
-    described.attrs = {**result.attrs, "settings": dict(settings), "created_at": now()}
+    described.attrs = {**result.attrs, "settings": dict(settings), "computed_at": now()}
     try:
         described.to_zarr(
             draft,

@@ -134,9 +134,9 @@ def stored_array(variable: xr.DataArray) -> StoredArray | None:
 
     A variable that was sliced or changed since is no longer that array: None.
     """
-    data = variable.data
-    if not isinstance(data, da.Array):
+    if variable.chunks is None:  # asking for its data would read it
         return None
+    data = variable.data
     origin = data.dask.get(f"original-{data.name}")
     return origin if isinstance(origin, StoredArray) and origin.shape == data.shape else None
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +21,10 @@ import basinscope
 from basinscope.analysis import bif as bif_module
 from basinscope.analysis import products, traces
 from basinscope.analysis.bif import plan_bif
-from basinscope.analysis.plan import Blocks, Plan
+from basinscope.analysis.plan import Blocks, Plan, PlanError
 from basinscope.io import results, stored
 from basinscope.io.copy import TemporaryCopy
-from basinscope.io.store import StoreMismatchError
+from basinscope.io.store import StoreMismatchError, read_store
 from basinscope.io.stored import DamagedStoreError
 from tests.analysis.stores_random import random_tree, write_devinterp_tree
 from tests.analysis.stores_recorded import fail, recorded_store
@@ -61,9 +64,6 @@ def test_building_reads_nothing(
         "memory": lambda: TREE,
     }[source]()
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("something was computed")
-
     monkeypatch.setattr(stored, "decode", refuse)
     with dask.config.set(scheduler=refuse):
         lazy = basinscope.compute_bif(samples, **KINDS[kind])
@@ -83,7 +83,7 @@ def test_what_is_streamed_to_a_path_is_what_memory_holds(
     for found in (got, plain):
         xr.testing.assert_equal(found.compute(), expected)
         assert found["influences"].attrs == expected["influences"].attrs
-        assert expected.attrs.items() <= found.attrs.items()
+        assert found.attrs["metadata"] == expected.attrs["metadata"]
     assert got["influences"].chunks is not None
 
 
@@ -114,19 +114,25 @@ def test_a_stopped_stream_is_continued_with_what_is_missing(
         basinscope.compute_bif(whole, **KINDS[kind], **output)
 
 
-def test_a_stopped_stream_is_continued_in_less_memory(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("before", "after"), [("little", "plenty"), ("plenty", "little")])
+def test_a_stopped_stream_is_continued_in_more_or_less_memory(
+    before: str, after: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = basinscope.compute_bif(whole).compute()
+    limits = {"little": smallest_limit(whole, {}), "plenty": 2**30}
+    output = {"output_path": tmp_path / "r.zarr"}
     with monkeypatch.context() as patch:
-        patch.setattr(results, "_write_block", lambda *_: None)
-        basinscope.compute_bif(whole, output_path=tmp_path / "r.zarr")
-    shutil.rmtree(tmp_path / "r.zarr" / "influences" / "c", ignore_errors=True)
-    group = results.zarr.open_group(tmp_path / "r.zarr", mode="r+")
-    group.update_attributes({"completed": 0})
-    limit = plan_bif(whole, memory_limit=1).least_memory
-    got = basinscope.compute_bif(whole, memory_limit=limit, output_path=tmp_path / "r.zarr")
-    close(got["influences"], expected["influences"])
+        patch.setattr(results, "_write_block", refuse)
+        with pytest.raises(AssertionError, match="something was computed"):
+            basinscope.compute_bif(whole, memory_limit=limits[before], **output)
+    limit = limits[after]
+    if before == "plenty":  # its blocks are large: a refusal says what they take
+        with pytest.raises(PlanError, match=r"memory_limit=\d+") as refused:
+            basinscope.compute_bif(whole, memory_limit=limit, **output)
+        found = re.search(r"give memory_limit=(\d+)", str(refused.value))
+        assert found
+        limit = int(found[1])
+    got = basinscope.compute_bif(whole, memory_limit=limit, **output)
+    close(got["influences"], basinscope.compute_bif(whole)["influences"])
 
 
 @pytest.mark.parametrize(
@@ -135,22 +141,32 @@ def test_a_stopped_stream_is_continued_in_less_memory(
         ({"compute_covariance": True}, "bif.compute_covariance: the store has False"),
         ({"top_k": 3}, "bif.top_k: the store has None, this call has 3"),
         ({"batch_index_range_1": [1, 0]}, r"bif.batch_index_range_1: the store has 'int64\(2,\)"),
-        ({"samples": "stopped", "allow_incomplete": True}, "draws: .*\n  source.store: .* 'when"),
+        ({"loss_keys": ["a"]}, r"bif.loss_keys: the store has 'all', this call has \['a'\]"),
     ],
 )
 def test_another_result_is_never_continued(
-    options: dict[str, Any], said: str, whole: Path, stopped: Path, tmp_path: Path
+    options: dict[str, Any], said: str, whole: Path, tmp_path: Path
 ) -> None:
-    common = {"batch_index_range_1": [0, 1], "output_path": tmp_path / "r.zarr"}
+    common: dict[str, Any] = {"batch_index_range_1": [0, 1], "output_path": tmp_path / "r.zarr"}
     basinscope.compute_bif(whole, **common)
-    changed = {"samples": whole, **common, **options}
-    if changed["samples"] == "stopped":
-        fail_free = {**changed, "samples": stopped}
-        with pytest.warns(UserWarning), pytest.raises(StoreMismatchError, match=said):
-            basinscope.compute_bif(**fail_free)
-        return
     with pytest.raises(StoreMismatchError, match=said):
-        basinscope.compute_bif(**changed)
+        basinscope.compute_bif(whole, **{**common, **options})
+
+
+def test_the_result_of_another_store_is_never_continued(
+    whole: Path, stopped: Path, tmp_path: Path
+) -> None:
+    basinscope.compute_bif(whole, output_path=tmp_path / "r.zarr")
+    other = recorded_store(tmp_path / "other.zarr", random_tree(1, chains=3, draws=60, steps=60))
+    with pytest.raises(StoreMismatchError, match=r"the store has 'when whole.* 'when other"):
+        basinscope.compute_bif(other, output_path=tmp_path / "r.zarr")
+    fail(other, 1)
+    said = r"draws: the store has \[60, 60, 60\], this call has \[60, 60\]"
+    with (
+        pytest.warns(UserWarning, match="chain 1 failed"),
+        pytest.raises(StoreMismatchError, match=said),
+    ):
+        basinscope.compute_bif(other, output_path=tmp_path / "r.zarr")
 
 
 @pytest.mark.parametrize("integer", ["batch_size", "top_k"])
@@ -192,8 +208,7 @@ def test_a_foreign_layout_in_little_memory_goes_through_a_copy_that_goes_away(
     got = got.compute()
     assert [Path(copy).parent for copy in copies] == [tmp_path / "spill"]
     close(got["influences"], expected["influences"])
-    gc.collect()
-    assert list((tmp_path / "spill").iterdir()) == []
+    require_removed(tmp_path / "spill")
 
 
 def test_a_copy_goes_away_when_the_computation_fails(tmp_path: Path, copies: list[str]) -> None:
@@ -203,14 +218,13 @@ def test_a_copy_goes_away_when_the_computation_fails(tmp_path: Path, copies: lis
     with pytest.raises(DamagedStoreError):
         lazy["influences"].compute()
     assert len(copies) == 1
-    gc.collect()
-    assert list((tmp_path / "spill").iterdir()) == []
+    require_removed(tmp_path / "spill")
 
 
 @pytest.mark.parametrize(
     ("top_k", "sequences", "queries"),
     [
-        (1, None, "all"),
+        (1, range(20), "all"),
         (3, None, [(39, 8), (0, 1), (39, 8), (0, 3), (5, 1), (17, 4), (2, 2)]),
         (3, [3, 7, 12], [(7, 2), (3, 1), (3, 8), (20, 5)]),
         (3, [12, 3, 7], [(7, 2), (3, 1), (3, 8), (20, 5)]),
@@ -218,17 +232,15 @@ def test_a_copy_goes_away_when_the_computation_fails(tmp_path: Path, copies: lis
         (400, [1, 0, 5], [(1, 1), (5, 5)]),
     ],
 )
-@pytest.mark.parametrize(("output", "pass_of"), [(100, 1000), (7, 3), (1, 1)])
+@pytest.mark.parametrize(("output", "pass_of"), [(100, 1000), (7, 3), (1, 100)])
 def test_partners_are_those_of_brute_force_with_ties_in_order_of_place(
     top_k: int,
-    sequences: list[int] | None,
+    sequences: Sequence[int] | None,
     queries: Any,
     output: int,
     pass_of: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if queries == "all" and pass_of < 3:
-        pytest.skip("320 passes")
     signs = tied_signs()
     losses = (3 + signs.transpose(2, 0, 1)[None]).astype("float32")
     tree = random_tree(0, chains=1, draws=16, tokens=8, observables={"a": 40})
@@ -236,9 +248,7 @@ def test_partners_are_those_of_brute_force_with_ties_in_order_of_place(
     cut_into(Blocks(output, output, held=False, queries=pass_of), monkeypatch)
     candidates = {} if sequences is None else {"batch_index_range_2": sequences}
     got = basinscope.compute_bif(tree, top_k=top_k, queries=queries, **candidates).compute()
-    asked = queries
-    if queries == "all":
-        asked = [(sequence, token) for sequence in range(40) for token in range(1, 9)]
+    asked = [*product(range(40), range(1, 9))] if queries == "all" else queries
     assert list(zip(*(got[f"query_{n}"].values.tolist() for n in PLACE), strict=True)) == asked
     for number, query in enumerate(asked):
         for sign, name in ((1, "positive"), (-1, "negative")):
@@ -312,20 +322,6 @@ def test_a_wrong_argument_is_named(options: dict[str, Any], said: str) -> None:
         plan_bif(TREE, **options)
 
 
-def test_observables_of_different_lengths_are_joined_only_by_choice() -> None:
-    tree = random_tree(0)
-    tree.dataset = (
-        tree.dataset.rename(token_pos="longer").isel(longer=slice(3)).rename(longer="token_pos")
-    )
-    short, long = tree["loss_b"], TREE["loss_a"]
-    assert short.shape[3] != long.shape[3]
-    dataset = random_tree(0).dataset.drop_vars("loss_b")
-    dataset = dataset.assign(loss_b=short.rename(token_pos="short"))
-    mixed = xr.DataTree(dataset)
-    with pytest.raises(ValueError, match="expected"):
-        basinscope.compute_bif(mixed)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_failed_chain_is_left_out_and_named(kind: str, whole: Path, tmp_path: Path) -> None:
     path = tmp_path / "failed.zarr"
@@ -360,12 +356,10 @@ def test_an_incomplete_store_counts_as_far_as_it_is_recorded(
         "allow_incomplete": True,
         "reduce_chain_dimension_method": chains,
     }
+    source: Any = read_store(stopped) if opened else stopped
     with pytest.warns(UserWarning, match="chain 2 was not started"):
-        source: Any = basinscope.open_store(stopped) if opened else stopped
-        token = basinscope.compute_bif(source, **options)["influences"]
-        rows = basinscope.compute_bif(source, **options, correlation_method="sequence")
-    close(token, reference.token_blocks(samples, samples, "correlation"))
-    close(rows["influences"], reference.sequence_influence(samples, samples, "correlation"))
+        got = basinscope.compute_bif(source, **options)
+    close(got["influences"], reference.token_blocks(samples, samples, "correlation"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -411,8 +405,11 @@ def test_a_cluster_of_processes_gives_the_same_numbers(
     for name, dataset in expected.items():
         xr.testing.assert_allclose(got[name], dataset, rtol=1e-6, atol=1e-6)
     close(streamed["influences"], expected["token"]["influences"])
-    gc.collect()
-    assert list((tmp_path / "spill").glob("basinscope-copy-*")) == []
+    require_removed(tmp_path / "spill")
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("something was computed")
 
 
 PLACE = ("batch", "target_position")
@@ -423,16 +420,27 @@ def foreign_tree() -> xr.DataTree:
     return random_tree(4, draws=60, observables={"a": 12, "b": 3})
 
 
+def smallest_limit(path: Path, options: dict[str, Any]) -> int:
+    limit = plan_bif(path, memory_limit=1, **options).least_memory
+    while plan_bif(path, memory_limit=limit, **options).peak_memory > limit:
+        limit = limit * 21 // 20
+    return limit
+
+
 def limit_of_a_copy(path: Path, options: dict[str, Any]) -> int:
     """Find a limit under which losses are copied first."""
-    limit = plan_bif(path, memory_limit=1, **options).least_memory
-    for _ in range(40):
-        plan = plan_bif(path, memory_limit=limit, **options)
-        if plan.peak_memory <= limit:
-            break
-        limit = limit * 21 // 20
-    assert plan.bytes_to_write
+    limit = smallest_limit(path, options)
+    assert plan_bif(path, memory_limit=limit, **options).bytes_to_write
     return limit
+
+
+def require_removed(directory: Path) -> None:
+    """Require that no copy is left, in a while: the thread that needed one last removes it."""
+    deadline = time.monotonic() + 10
+    while list(directory.glob("basinscope-copy-*")):
+        assert time.monotonic() < deadline, list(directory.iterdir())
+        gc.collect()
+        time.sleep(0.01)
 
 
 def cut_into(blocks: Blocks, monkeypatch: pytest.MonkeyPatch) -> None:

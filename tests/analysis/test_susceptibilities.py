@@ -1,0 +1,333 @@
+"""compute_susceptibilities: lazy, by the formula, from runs that are alike, and streamed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+import xarray as xr
+
+import basinscope
+from basinscope.analysis.susceptibilities import plan_of_susceptibilities
+from basinscope.io import results, stored
+from basinscope.io.store import StoreMismatchError
+from tests.analysis.stores_random import random_tree, write_tree
+from tests.analysis.stores_recorded import fail, recorded_store
+from tests.reference import analysis as reference
+
+SIZES: dict[str, Any] = {"draws": 60, "steps": 60, "chains": 3}
+OBSERVABLES = {"task": 3, "github": 4, "pile": 2}
+TREES = {
+    name: random_tree(seed, observables=OBSERVABLES, **SIZES)
+    for seed, name in enumerate(["l0h1", "full", "embed"])
+}
+RESTRICTIONS = ["l0h1", "embed"]
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    directory = tmp_path_factory.mktemp("susceptibilities")
+    return {name: recorded_store(directory / f"{name}.zarr", tree) for name, tree in TREES.items()}
+
+
+@pytest.mark.parametrize("source", ["path", "store", "xarray", "memory"])
+def test_building_reads_nothing(
+    source: str, stores: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Path) -> xr.DataTree:
+        return xr.open_datatree(path, engine="zarr", consolidated=False)
+
+    runs: dict[str, Any] = {
+        "path": lambda: {name: str(path) for name, path in stores.items()},
+        "store": lambda: {name: basinscope.open_store(path) for name, path in stores.items()},
+        "xarray": lambda: {name: opened(path) for name, path in stores.items()},
+        "memory": lambda: TREES,
+    }[source]()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(stored, "decode", refuse)
+    with dask.config.set(scheduler=refuse):
+        lazy = basinscope.compute_susceptibilities(runs, "task")
+        for name in ("susceptibilities/sus", "context/input_ids"):
+            with pytest.raises(AssertionError, match="something was computed"):
+                lazy[name].compute()
+    if source == "xarray":
+        assert not any(run["loss_pile"].variable._in_memory for run in runs.values())
+
+
+def test_every_token_of_every_observable_is_labelled(stores: Mapping[str, Path]) -> None:
+    got = basinscope.compute_susceptibilities(
+        stores, "task", observable_names=["pile", "github", "pile"]
+    )
+    sus, context = got["susceptibilities"], got["context"]
+    assert sus["wr"].values.tolist() == RESTRICTIONS
+    assert sus["sus"].dims == ("sus_flat", "wr")
+    assert sus["sus"].dtype == np.float64
+    assert sus["sus"].attrs["units"] == "nats2"
+    for node in (sus, context):
+        assert node.attrs["dataset_id_to_name"] == ["github", "pile"]
+    expected = {
+        (number, batch, position): position
+        for number, count in enumerate([4, 2])
+        for batch in range(count)
+        for position in range(1, 5)
+    }
+    names = ("dataset_id", "batch", "target_position")
+    assert [*zip(*(sus[name].values.tolist() for name in names), strict=True)] == [*expected]
+    for at, (number, batch, position) in enumerate(
+        zip(*(context[name].values for name in ("dataset_id", "batch", "position")), strict=True)
+    ):
+        ids = TREES["full"][f"input_ids_{['github', 'pile'][number]}"]
+        assert context["input_ids"][at] == ids[batch, position]
+    assert context.sizes["ctx_flat"] == 6 * 5
+
+
+@pytest.mark.parametrize("written", [[60, 60, 60], [60, 30, 0]])
+def test_each_is_the_formula_over_what_is_recorded(
+    written: list[int], stores: Mapping[str, Path], tmp_path: Path
+) -> None:
+    partly = {
+        name: recorded_store(tmp_path / f"{name}.zarr", tree, written)
+        for name, tree in TREES.items()
+    }
+    if min(written) == 0:
+        with pytest.warns(UserWarning, match="chain 2 was not started"):
+            got = basinscope.compute_susceptibilities(partly, "task", allow_incomplete=True)
+    else:
+        got = basinscope.compute_susceptibilities(partly, "task")
+    for column, name in enumerate(RESTRICTIONS):
+        for number, observable in enumerate(["github", "pile"]):
+            losses = [
+                pooled(TREES[run][f"loss_{of}"], written)
+                for run in (name, "full")
+                for of in ("task", observable)
+            ]
+            init_loss = TREES["full"]["init_loss"].to_numpy()[[w > 0 for w in written]]
+            expected = reference.susceptibility(*losses, init_loss).ravel()
+            found = got["susceptibilities"]["sus"].to_numpy()
+            mine = got["susceptibilities"]["dataset_id"].to_numpy() == number
+            np.testing.assert_allclose(found[mine, column], expected, rtol=0, atol=1e-11)
+
+
+def test_an_observable_goes_by_its_name_or_its_id(tmp_path: Path) -> None:
+    sizes = {"pile_github": 3, "_2nd": 2}
+    trees = {n: random_tree(s, observables=sizes) for s, n in enumerate(["full", "l0"])}
+    by_name = basinscope.compute_susceptibilities(trees, "pile/github", ["2nd"])
+    by_id = basinscope.compute_susceptibilities(trees, "pile_github", ["_2nd"])
+    xr.testing.assert_equal(by_name.compute(), by_id.compute())
+
+
+@pytest.mark.parametrize("function", ["compute", "plan"])
+@pytest.mark.parametrize(
+    ("names", "task", "options", "said"),
+    [
+        (["l0h1", "embed"], "task", {}, "wr_map lacks 'full'.*it has l0h1, embed"),
+        (["full"], "task", {}, "wr_map has 'full' only"),
+        ([], "task", {}, "wr_map lacks 'full'"),
+        (["full", "embed"], "wiki", {}, "no observable 'wiki'; it has github, pile, task"),
+        (["full", "embed"], "task", {"observable_names": ["pile", "wiki"]}, "'wiki'; it has"),
+        (["full", "embed"], "task", {"observable_names": []}, "observable"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_there_is(
+    names: list[str], task: str, options: dict[str, Any], said: str, function: str
+) -> None:
+    runs = {name: TREES[name] for name in names}
+    call = {
+        "compute": basinscope.compute_susceptibilities,
+        "plan": plan_of_susceptibilities,
+    }[function]
+    with pytest.raises(ValueError, match=said):
+        call(runs, task, **options)
+
+
+def test_the_task_alone_is_refused_unless_it_is_asked_about() -> None:
+    runs = {name: random_tree(seed, observables={"a": 2}) for seed, name in enumerate("xy")}
+    runs = {"full": runs["x"], "l0": runs["y"]}
+    with pytest.raises(ValueError, match=r"has a and 'a' is the sampling task.*include_sampling"):
+        basinscope.compute_susceptibilities(runs, "a")
+    got = basinscope.compute_susceptibilities(runs, "a", include_sampling_task=True)
+    assert got["susceptibilities"].sizes == {"sus_flat": 8, "wr": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"sampler": {"n_beta": 20.0}}, r"sampler n_beta: 10.0 in 'full', 20.0 in 'embed'"),
+        (
+            {"sampler": {"n_beta": 10.0, "lr": 2.0}, "model": {"class": "B"}},
+            r"sampler lr: 1.0 in 'full', 2.0 in 'embed'\n  model class: 'A' in 'full', 'B' in 'em",
+        ),
+        ({"datasets": {"b": "22"}}, r"datasets b: '11' in 'full', '22' in 'embed'"),
+    ],
+)
+def test_settings_that_differ_are_named_with_both_sides(config: dict[str, Any], said: str) -> None:
+    own = {"sampler": {"n_beta": 10.0, "lr": 1.0}, "model": {"class": "A"}, "datasets": {"b": "11"}}
+    runs = {"full": with_config(TREES["full"], own), "l0h1": with_config(TREES["l0h1"], own)}
+    runs["embed"] = with_config(TREES["embed"], {**own, **config})
+    with pytest.raises(ValueError, match=said) as caught:
+        basinscope.compute_susceptibilities(runs, "task")
+    assert "l0h1" not in str(caught.value)
+
+
+def test_settings_that_change_no_comparison_may_differ() -> None:
+    own = {"sampler": {"n_beta": 10.0, "cores": 1, "init_seed": 5, "save_metrics": False}}
+    other = {"sampler": {"n_beta": 10.0, "cores": 8, "init_seed": 6, "save_metrics": True}}
+    runs = {"full": with_config(TREES["full"], own), "l0": with_config(TREES["embed"], other)}
+    got = basinscope.compute_susceptibilities(runs, "task")
+    assert np.isfinite(got["susceptibilities"]["sus"]).all()
+
+
+@pytest.mark.parametrize(
+    ("observables", "tokens", "said"),
+    [
+        ({**OBSERVABLES, "pile": 3}, 4, r"'pile': \(2, 4\) in 'full', \(3, 4\) in 'embed'"),
+        ({**OBSERVABLES, "task": 4}, 4, r"'task': \(3, 4\) in 'full', \(4, 4\) in 'embed'"),
+        (OBSERVABLES, 5, r"'github': \(4, 4\) in 'full', \(4, 5\) in 'embed'"),
+        ({"task": 3, "pile": 2}, 4, r"'github': in 'full', not in 'embed', which has task, pile"),
+        ({"github": 4, "pile": 2}, 4, "'task': in 'full', not in 'embed', which has github"),
+    ],
+)
+def test_shapes_that_differ_are_named_with_both_sides(
+    observables: dict[str, int], tokens: int, said: str
+) -> None:
+    other = random_tree(5, observables=observables, tokens=tokens, **SIZES)
+    with pytest.raises(ValueError, match=said):
+        basinscope.compute_susceptibilities({**TREES, "embed": other}, "task")
+
+
+def test_what_is_not_asked_about_may_differ() -> None:
+    other = random_tree(5, observables={**OBSERVABLES, "pile": 3}, **SIZES)
+    runs = {"full": TREES["full"], "l0": other}
+    got = basinscope.compute_susceptibilities(runs, "task", ["github"]).compute()
+    assert got["susceptibilities"].sizes["sus_flat"] == 16
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_token_ids_that_differ_are_found_when_they_are_read(on_disk: bool, tmp_path: Path) -> None:
+    other = random_tree(5, observables=OBSERVABLES, **SIZES)
+    ids = other["input_ids_pile"].to_numpy().copy()
+    ids[1, 3] += 1
+    other["input_ids_pile"] = other["input_ids_pile"].copy(data=ids)
+    runs: dict[str, Any] = {**TREES, "embed": other}
+    if on_disk:
+        runs = {name: write_tree(tree, tmp_path / name) for name, tree in runs.items()}
+    lazy = basinscope.compute_susceptibilities(runs, "task")
+    said = r"'pile' differ between 'full' and 'embed' \(first at \[1, 3\]\)"
+    with pytest.raises(ValueError, match=said):
+        lazy["context"]["input_ids"].compute()
+    with pytest.raises(ValueError, match=said):
+        basinscope.compute_susceptibilities(runs, "task", output_path=tmp_path / "r")
+    got = basinscope.compute_susceptibilities(runs, "task", ["github"])
+    assert got.compute()["context"].sizes["ctx_flat"] == 20
+
+
+def test_numbers_of_runs_whose_token_ids_differ_are_never_given() -> None:
+    other = random_tree(5, observables=OBSERVABLES, ids_seed=1, **SIZES)
+    lazy = basinscope.compute_susceptibilities({**TREES, "embed": other}, "task")
+    with pytest.raises(ValueError, match="differ between 'full' and 'embed'"):
+        lazy["susceptibilities"]["sus"].compute()
+
+
+def test_a_stopped_stream_is_continued_with_what_is_missing(
+    stores: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = basinscope.compute_susceptibilities(stores, "task").compute()
+    write, written, most = results._write_block, [], 1
+
+    def stop(*arguments: Any) -> None:
+        if len(written) == most:
+            raise KeyboardInterrupt
+        write(*arguments)
+        written.append(arguments[:2])
+
+    monkeypatch.setattr(results, "_write_block", stop)
+    path = tmp_path / "r.zarr"
+    with dask.config.set(scheduler="synchronous"), pytest.raises(KeyboardInterrupt):
+        basinscope.compute_susceptibilities(stores, "task", output_path=path)
+    most = 100
+    got = basinscope.compute_susceptibilities(stores, "task", output_path=path)
+    plain = xr.open_datatree(path, engine="zarr", consolidated=False)
+    for found in (got, plain):
+        for name in ("susceptibilities", "context"):
+            xr.testing.assert_equal(found[name].to_dataset().compute(), expected[name].to_dataset())
+            assert found[name].attrs == expected[name].attrs
+        assert found.attrs["metadata"] == expected.attrs["metadata"]
+    assert 1 < len(written) == len(set(written))
+    with dask.config.set(scheduler=lambda *_, **__: pytest.fail("computed again")):
+        basinscope.compute_susceptibilities(stores, "task", output_path=path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("task", "task: the store has 'task', this call has 'pile'"),
+        ("observables", r"observables: the store has \['github', 'pile'\], this call has \['pile"),
+        ("restrictions", r"restrictions: the store has \['l0h1', 'embed'\], this call has \['emb"),
+        ("store", "the store has 'when embed.zarr was made', this call has 'when other.zarr was"),
+    ],
+)
+def test_another_result_is_never_continued(
+    change: str, said: str, stores: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "r.zarr"
+    basinscope.compute_susceptibilities(stores, "task", output_path=path)
+    runs, task, names = dict(stores), "task", None
+    if change == "task":
+        task = "pile"
+    elif change == "observables":
+        names = ["pile"]
+    elif change == "restrictions":
+        del runs["l0h1"]
+    else:
+        runs["embed"] = recorded_store(tmp_path / "other.zarr", TREES["embed"])
+    with pytest.raises(StoreMismatchError, match=said):
+        basinscope.compute_susceptibilities(runs, task, names, output_path=path)
+
+
+@pytest.mark.parametrize("run", ["full", "embed"])
+def test_a_failed_chain_is_left_out_and_named(
+    run: str, stores: Mapping[str, Path], tmp_path: Path
+) -> None:
+    changed = tmp_path / "failed.zarr"
+    shutil.copytree(stores[run], changed)
+    fail(changed, 1)
+    for observable in OBSERVABLES:  # what a failed chain wrote is never read
+        shutil.rmtree(changed / f"loss_{observable}" / "c" / "1")
+    said = r"left out.*chain 1 failed at step 7 \(the loss is not finite\)"
+    with pytest.warns(UserWarning, match=said):
+        got = basinscope.compute_susceptibilities({**stores, run: changed}, "task").compute()
+    others = xr.DataTree(TREES[run].dataset.isel(chain=[0, 2]))
+    expected = basinscope.compute_susceptibilities({**TREES, run: others}, "task")
+    np.testing.assert_allclose(
+        got["susceptibilities"]["sus"], expected["susceptibilities"]["sus"], rtol=0, atol=1e-11
+    )
+
+
+def test_an_incomplete_store_is_refused_by_its_path(
+    stores: Mapping[str, Path], tmp_path: Path
+) -> None:
+    path = recorded_store(tmp_path / "s.zarr", TREES["embed"], [60, 30, 0])
+    said = rf"{re.escape(str(path))} is not complete: chain 1 is unfinished.*chain 2 was not"
+    with pytest.raises(ValueError, match=said):
+        basinscope.compute_susceptibilities({**stores, "embed": path}, "task")
+
+
+def with_config(tree: xr.DataTree, config: dict[str, Any]) -> xr.DataTree:
+    dataset = tree.to_dataset()
+    dataset.attrs = {**dataset.attrs, "metadata": {"config": config}}
+    return xr.DataTree(dataset)
+
+
+def pooled(losses: xr.DataArray, written: list[int]) -> np.ndarray:
+    """Join the draws that were written, as those of one chain."""
+    parts = [losses[chain, :rows].to_numpy() for chain, rows in enumerate(written)]
+    return np.concatenate(parts)[None]
