@@ -229,7 +229,6 @@ class _Problem:
         self.keys = choose_observables(samples, options.loss_keys)
         if not self.keys:
             raise ValueError(f"{samples.name} holds no observable, so nothing to correlate")
-        _require_equal_lengths(samples, self.keys)
         mean = options.reduce_chain_dimension_method == "mean"
         self.traces = Traces(samples, self.keys, mean)
         if self.traces.samples < 2:
@@ -245,7 +244,7 @@ class _Problem:
         self.queries = _query_tokens(options.queries, self.rows_1, count, self.traces.tokens)
         self.size = Influence(
             self.traces.layouts, self.rows_1, self.rows_2, self.traces.samples, options.kind,
-            len(self.queries[0]), options.top_k or 0, mean,
+            self.queries[0], options.top_k or 0, mean,
         )  # fmt: skip
 
 
@@ -512,17 +511,8 @@ def _input_ids(problem: _Problem) -> xr.DataArray:
     return joined
 
 
-def _require_equal_lengths(samples: Samples, keys: Sequence[str]) -> None:
-    lengths = {key: samples.dataset[f"loss_{key}"].shape[3] for key in keys}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(
-            f"observables of {samples.name} have sequences of different lengths ({lengths}): "
-            "choose some of one length with loss_keys"
-        )
-
-
 def _rows(wanted: Literal["all"] | Sequence[int], count: int, name: str) -> np.ndarray:
-    """Check a selection of sequences; negative numbers count from the end."""
+    """Check a selection of sequences."""
     if _is_all(wanted):
         return np.arange(count)
     rows = _as_array(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ from dask.delayed import Delayed, delayed
 
 from basinscope.analysis.stores import Part, chunks_of, files_of
 from basinscope.io.stored import StoredArray
+
+STACKED = 128  # most rows of a matrix that is multiplied with weights
+WIDE = 16  # most rows of a chunk that are added up side by side
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
@@ -56,8 +60,55 @@ def loss_totals(
             row_sums[row] += over_batch.sum(axis=1)
             token_sums[token] += over_batch.sum(axis=0)
         else:
-            row_sums[row] += values[0].sum(axis=(1, 2), dtype=np.float64)
+            row_sums[row] += _sums_of_rows(values[0])
     return row_sums, token_sums
+
+
+def weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
+    """Average weight times loss over (chain, row), in one pass.
+
+    Parameters
+    ----------
+    parts : list of StoredArray or np.ndarray (1, rows, batch, token_pos)
+        Of each chain.
+    weights : list of np.ndarray (rows,)
+
+    Returns
+    -------
+    np.ndarray (batch, token_pos)
+        float64.
+    """
+    total = np.zeros(parts[0].shape[2:])
+    for part, weight in zip(parts, weights, strict=True):
+        for (_, row, sequence, token), values in chunks_of(part):
+            total[sequence, token] += _sums_of_tokens(values[0], weight[row])
+    return total / sum(map(len, weights))
+
+
+def _sums_of_rows(values: np.ndarray) -> np.ndarray:
+    """Add up (rows, batch, token_pos) over (batch, token_pos), fast however a chunk is laid out."""
+    if not _rows_last(values):
+        return values.sum(axis=(1, 2), dtype=np.float64)
+    by_token = values.transpose(1, 2, 0).reshape(-1, len(values))
+    side = math.gcd(len(by_token), WIDE)  # sums of longer vectors are faster ones
+    wide = by_token.reshape(-1, side * len(values)).sum(axis=0, dtype=np.float64)
+    return wide.reshape(side, len(values)).sum(axis=0)
+
+
+def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Add up weight times (rows, batch, token_pos) over the rows."""
+    if not _rows_last(values):
+        return np.einsum("d,dbt->bt", weights, values.astype(np.float64))
+    by_token = values.transpose(1, 2, 0).reshape(-1, len(values)).astype(np.float64)
+    # as a stack of matrices so small that BLAS does not wake its threads for one
+    height = math.gcd(len(by_token), STACKED)
+    sums = by_token.reshape(-1, height, len(values)) @ weights
+    return sums.reshape(values.shape[1:])
+
+
+def _rows_last(values: np.ndarray) -> bool:
+    """Whether the rows of one token stand side by side in memory, as stores lay them out."""
+    return values.transpose(1, 2, 0).flags.c_contiguous
 
 
 def mean_losses(

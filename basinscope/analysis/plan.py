@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import dask
 import numpy as np
 from dask.system import CPU_COUNT
 
 from basinscope.analysis.stores import Part
+from basinscope.io.copy import chunk_sequences
 from basinscope.io.stored import StoredArray
 
 CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its part in float64
@@ -18,7 +19,7 @@ OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
-COPIED = 8.0  # and more often than this, which our own chunks never cost, a copy is read instead
+COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
 
 
 class PlanError(ValueError):
@@ -237,8 +238,10 @@ class Influence:
         Entries of a trace.
     kind : str
         ``token``, ``average``, ``sequence`` or ``top_k``.
-    queries, top_k : int
-        Of a search for the strongest partners.
+    queries : np.ndarray
+        Sequence of each query token, of a search for the strongest partners.
+    top_k : int
+        Partners of each sign.
     mean_over_chains : bool
         Whether chains are averaged draw by draw, which is done in float64.
     """
@@ -248,7 +251,7 @@ class Influence:
     rows_2: np.ndarray
     samples: int
     kind: str
-    queries: int = 0
+    queries: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     top_k: int = 0
     mean_over_chains: bool = False
 
@@ -274,6 +277,21 @@ class Influence:
                 total += layout.bytes_of(inside)
             first += layout.shape[2]
         return total
+
+    def sides(self, block: int) -> int:
+        """Bytes that are decoded to read each side once, block by block."""
+        sides = (self.rows_1,) if self.same else (self.rows_1, self.rows_2)
+        return sum(self.sweep(rows, block) for rows in sides)
+
+    @property
+    def as_copied(self) -> Influence:
+        """The same problem on a temporary copy of the losses."""
+        layouts = []
+        for layout in self.layouts:
+            _, rows, batch, tokens = (layout.shape[0], layout.chunk[1], *layout.shape[2:])
+            block = chunk_sequences(rows, batch, tokens, layout.itemsize)
+            layouts.append(replace(layout, chunk=(1, rows, block, tokens)))
+        return replace(self, layouts=tuple(layouts))
 
     def sweep(self, rows: np.ndarray, block: int) -> int:
         """Bytes that are decoded to read some sequences block by block."""
@@ -320,7 +338,7 @@ def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Pla
     blocks = Blocks(chosen, per_trace, held)
     cuts_1, cuts_2 = _cuts(problem.rows_1, chosen), _cuts(problem.rows_2, chosen)
     if held:
-        reads = problem.sweep(all_rows, per_trace)
+        reads = problem.sides(per_trace)
         peak = traces + count * (chunk + chosen * chosen * pair)
     else:
         reads = cuts_2 * problem.sweep(problem.rows_1, chosen)
@@ -333,34 +351,39 @@ def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Pla
         2 * problem.samples * len(problem.rows_1) * len(problem.rows_2) * problem.tokens**2,
         cuts_1 * cuts_2 + _cuts(all_rows, per_trace), count, least,
     )  # fmt: skip
-    return _with_copy(problem, plan, blocks, len(all_rows) * (cuts_1 + cuts_2) // 2 * row)
+    read_again = (cuts_2 * len(problem.rows_1) + cuts_1 * len(problem.rows_2)) * row
+    return _with_copy(problem, plan, blocks, read_again)
 
 
 def _plan_top_k(problem: Influence, limit: int, block: int | None) -> tuple[Plan, Blocks]:
+    asked = len(problem.queries)
     count, row, chunk = workers(), _row_bytes(problem), _chunk(problem)
-    results = 2 * problem.queries * problem.top_k * 24  # value, batch, position, for both signs
+    results = 2 * asked * problem.top_k * 20  # value, batch, position, for both signs
     budget = limit - count * chunk - results
     a_query = 4 * problem.samples
-    queries, chosen, a_candidate = 2 * problem.queries, 0, 0
+    queries, chosen, a_candidate = 2 * asked, 0, 0
     while queries > 1 and chosen < (block or 1):
         queries = max(1, min(queries // 2, budget // 4 // a_query))
         products = 3 * 4 * min(queries, QUERY_PANEL) * problem.tokens  # and their groups
         a_candidate = row + products
         chosen = (budget - queries * a_query) // count // a_candidate
     chosen = max(1, min(block or chosen, len(problem.rows_2)))
-    passes = math.ceil(problem.queries / queries)
-    reads = passes * problem.sweep(problem.rows_2, chosen) + problem.bytes_of(problem.rows_1)
+    panels = [np.unique(problem.queries[i : i + queries]) for i in range(0, asked, queries)]
+    passes = len(panels)
+    reads = passes * problem.sweep(problem.rows_2, chosen)
+    reads += sum(problem.sweep(rows, chosen) for rows in panels)
     fixed = results + queries * a_query
     plan = Plan(
         f"top {problem.top_k} partners",
-        problem.bytes_of(np.unique(problem.all_rows)), reads,
+        problem.bytes_of(np.union1d(problem.queries, problem.rows_2)), reads,
         fixed + count * (chunk + chosen * a_candidate), results,
-        2 * problem.samples * problem.queries * len(problem.rows_2) * problem.tokens,
+        2 * problem.samples * asked * len(problem.rows_2) * problem.tokens,
         passes * _cuts(problem.rows_2, chosen) + 2, count,
         results + a_query + count * (chunk + (block or 1) * (row + 12 * problem.tokens)),
     )  # fmt: skip
     blocks = Blocks(chosen, chosen, held=False, queries=queries)
-    return _with_copy(problem, plan, blocks, passes * len(problem.rows_2) * row)
+    read_again = (passes * len(problem.rows_2) + sum(map(len, panels))) * row
+    return _with_copy(problem, plan, blocks, read_again)
 
 
 def _plan_average(problem: Influence, limit: int, block: int | None) -> tuple[Plan, Blocks]:
@@ -371,7 +394,7 @@ def _plan_average(problem: Influence, limit: int, block: int | None) -> tuple[Pl
     chosen = max(1, min(wanted, share // row, len(rows)))
     plan = Plan(
         "influence averaged over tokens", problem.bytes_of(np.unique(rows)),
-        problem.sweep(rows, chosen), fixed + count * (chunk + chosen * row), output,
+        problem.sides(chosen), fixed + count * (chunk + chosen * row), output,
         _pair_flops(problem), 2 * _cuts(rows, chosen) + 1, count, fixed + count * (chunk + row),
     )  # fmt: skip
     return _with_copy(problem, plan, Blocks(chosen, chosen, held=False), len(rows) * row)
@@ -383,7 +406,7 @@ def _plan_sequences(problem: Influence, block: int | None) -> tuple[Plan, Blocks
     peak = fixed + count * _chunk(problem)
     plan = Plan(
         "influence between sequences", problem.bytes_of(np.unique(rows)),
-        problem.sweep(rows, chosen), peak, _pairs_bytes(problem), _pair_flops(problem),
+        problem.sides(chosen), peak, _pairs_bytes(problem), _pair_flops(problem),
         2 * _cuts(rows, chosen) + 1, count, peak,
     )  # fmt: skip
     return plan, Blocks(chosen, chosen, held=False)
@@ -408,9 +431,10 @@ def _with_copy(
 ) -> tuple[Plan, Blocks]:
     """Answer a layout of which every block would decode nearly everything by a temporary copy."""
     everything = sum(layout.nbytes for layout in problem.layouts)
-    once = problem.bytes_of(np.unique(problem.rows_2))
-    in_blocks = problem.sweep(problem.rows_2, blocks.output)
-    if blocks.held or in_blocks <= COPIED * once:
+    rows = max(problem.rows_1, problem.rows_2, key=len)
+    in_blocks, from_copy = (p.sweep(rows, blocks.output) for p in (problem, problem.as_copied))
+    times = in_blocks / max(1, problem.bytes_of(np.unique(rows)))
+    if blocks.held or times <= COPIED or in_blocks <= COPIED * from_copy:
         return plan, blocks
     return (
         replace(
@@ -420,7 +444,7 @@ def _with_copy(
             tasks=plan.tasks + sum(math.ceil(n.shape[1] / n.chunk[1]) for n in problem.layouts),
             notes=(
                 f"chunks hold many sequences, and blocks of {blocks.output} would decode each "
-                f"about {in_blocks / max(1, once):.0f} times: they are "
+                f"about {times:.0f} times: they are "
                 f"read from a temporary copy of {_size(everything)}",
             ),
         ),

@@ -13,10 +13,10 @@ import xarray as xr
 from dask.delayed import Delayed, delayed
 
 from basinscope.analysis.llc import choose_observables
-from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of
+from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of, weighted_mean
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import AMPLIFIED, Layout, Plan, plan_susceptibilities, workers
-from basinscope.analysis.stores import Part, Samples, chunks_of, cut, open_samples, unread
+from basinscope.analysis.stores import Part, Samples, cut, open_samples, unread
 from basinscope.io.dims import observable_id
 from basinscope.io.results import write_result
 
@@ -87,14 +87,8 @@ def compute_susceptibilities(
     UserWarning
         If chains are left out; names them.
     """
-    if FULL not in wr_map:
-        raise ValueError(
-            f"wr_map lacks {FULL!r}, the run without a restriction; it has {', '.join(wr_map)}"
-        )
-    restrictions = [name for name in wr_map if name != FULL]
-    if not restrictions:
-        raise ValueError(f"wr_map has {FULL!r} only: add a store for each weight restriction")
-    stores = {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
+    stores = _opened(wr_map, allow_incomplete)
+    restrictions = [name for name in stores if name != FULL]
     task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
     for name in restrictions:
         _require_alike(stores[FULL], FULL, stores[name], name, [task, *probes])
@@ -102,6 +96,7 @@ def compute_susceptibilities(
 
     full = stores[FULL]
     of_task = {name: _lazy_task(store, task, full) for name, store in stores.items()}
+    ids = {obs_id: _lazy_ids(stores, obs_id) for obs_id in probes}
     columns: dict[str, list[da.Array]] = {name: [] for name in restrictions}
     for obs_id in probes:
         for rows in _row_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
@@ -109,12 +104,12 @@ def compute_susceptibilities(
             for name in restrictions:
                 block = delayed(_susceptibility)(
                     _cut_rows(stores[name], obs_id, rows),
-                    of_task[name], of_task[FULL], full_mean,
+                    of_task[name], of_task[FULL], full_mean, ids[obs_id],
                 )  # fmt: skip
                 size = (rows.stop - rows.start) * full.dataset[f"loss_{obs_id}"].shape[3]
                 columns[name].append(da.from_delayed(block, (size,), np.float64))
     sus = da.stack([da.concatenate(columns[name]) for name in restrictions], axis=1)
-    result = _flattened(stores, restrictions, probes, sus)
+    result = _flattened(full, restrictions, ids, sus)
     if output_path is None:
         return result
     settings = {
@@ -137,10 +132,23 @@ def plan_of_susceptibilities(
     memory_limit: int | str | None = None,
 ) -> Plan:
     """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only."""
-    stores = {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
+    stores = _opened(wr_map, allow_incomplete)
     return _plan(
         stores, *_observables(stores, sampling_task, observable_names, include_sampling_task)
     )
+
+
+def _opened(
+    wr_map: Mapping[str, xr.DataTree | str | os.PathLike[str]], allow_incomplete: bool
+) -> dict[str, Samples]:
+    if FULL not in wr_map:
+        raise ValueError(
+            f"wr_map lacks {FULL!r}, the run without a restriction; it has "
+            f"{', '.join(wr_map) or 'nothing'}"
+        )
+    if len(wr_map) == 1:
+        raise ValueError(f"wr_map has {FULL!r} only: add a store for each weight restriction")
+    return {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
 
 
 def _plan(stores: Mapping[str, Samples], task: str, probes: Sequence[str]) -> Plan:
@@ -253,48 +261,30 @@ def _cut_rows(samples: Samples, obs_id: str, rows: slice) -> list[Part]:
 
 
 def _mean_losses(parts: list[Any]) -> np.ndarray:
-    """Average over (chain, draw), in float64: (sequences, token_pos)."""
-    ones = [np.ones(part.shape[1]) for part in parts]
-    return _weighted_mean(parts, ones)
-
-
-def _weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
-    """Average weight times loss over (chain, draw), in float64: (sequences, token_pos)."""
-    total = np.zeros(parts[0].shape[2:])
-    for part, weight in zip(parts, weights, strict=True):
-        for (_, row, sequence, token), values in chunks_of(part):
-            total[sequence, token] += np.einsum(
-                "d,dbt->bt", weight[row], values[0].astype(np.float64)
-            )
-    return total / sum(map(len, weights))
+    """Average over (chain, draw): (sequences, token_pos)."""
+    return weighted_mean(parts, [np.ones(part.shape[1]) for part in parts])
 
 
 def _susceptibility(
-    parts: list[Any], task: Task, full_task: Task, full_mean: np.ndarray
+    parts: list[Any], task: Task, full_task: Task, full_mean: np.ndarray, checked_ids: np.ndarray
 ) -> np.ndarray:
-    covaried = _weighted_mean(parts, task.phi)
+    covaried = weighted_mean(parts, task.phi)
     expected = task.mean_phi * (full_task.mean_loss - full_mean)
     return (task.mean_phi_loss - covaried - expected).ravel()
 
 
 def _flattened(
-    stores: Mapping[str, Samples], restrictions: list[str], probes: list[str], sus: da.Array
+    full: Samples, restrictions: list[str], lazy_ids: dict[str, Delayed], sus: da.Array
 ) -> xr.DataTree:
     """Lay susceptibilities and contexts out flat, (batch, position) row-major per observable."""
-    full = stores[FULL]
+    probes = list(lazy_ids)
     names = {"dataset_id_to_name": probes}
+    arrays = [full.dataset[f"input_ids_{obs_id}"] for obs_id in probes]
     shapes = [full.dataset[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
-    sizes = [full.dataset[f"input_ids_{obs_id}"].shape for obs_id in probes]
+    sizes = [array.shape for array in arrays]
     ids = [
-        da.from_delayed(
-            delayed(_checked_ids)(
-                obs_id,
-                {name: unread(s.dataset[f"input_ids_{obs_id}"]) for name, s in stores.items()},
-            ),
-            (size[0] * size[1],),
-            full.dataset[f"input_ids_{obs_id}"].dtype,
-        )
-        for obs_id, size in zip(probes, sizes, strict=True)
+        da.from_delayed(lazy, (array.size,), array.dtype)
+        for lazy, array in zip(lazy_ids.values(), arrays, strict=True)
     ]
     first = xr.Variable(
         ("sus_flat", "wr"), sus,
@@ -328,6 +318,11 @@ def _flat_coordinates(
         columns["batch"].append(np.repeat(np.arange(sequences), tokens))
         columns[position].append(np.tile(np.arange(origin, origin + tokens), sequences))
     return {name: (dim, np.concatenate(parts)) for name, parts in columns.items()}
+
+
+def _lazy_ids(stores: Mapping[str, Samples], obs_id: str) -> Delayed:
+    ids = {name: unread(store.dataset[f"input_ids_{obs_id}"]) for name, store in stores.items()}
+    return delayed(_checked_ids)(obs_id, ids)
 
 
 def _checked_ids(obs_id: str, ids: dict[str, np.ndarray]) -> np.ndarray:

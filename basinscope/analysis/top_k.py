@@ -126,24 +126,38 @@ def strongest(products: np.ndarray, k: int, sign: int) -> tuple[np.ndarray, np.n
         The strongest first; NaN and -1 where a row has fewer of that sign.
     """
     rows, columns = products.shape
+    values = np.full((rows, k), np.nan, np.float32)
+    at = np.full((rows, k), -1, np.int64)
     width = columns // DEPTH
-    if width > k:
-        grouped = products[:, : DEPTH * width].reshape(rows, DEPTH, width)
-        peaks = grouped.max(axis=1) if sign > 0 else -grouped.min(axis=1)
-        groups = np.argpartition(peaks, width - k, axis=1)[:, width - k :]
-        looked_at = (groups[:, None, :] + width * np.arange(DEPTH)[None, :, None]).reshape(rows, -1)
-        rest = np.broadcast_to(np.arange(DEPTH * width, columns), (rows, columns - DEPTH * width))
-        looked_at = np.concatenate([looked_at, rest], axis=1)
-    else:
-        looked_at = np.broadcast_to(np.arange(columns), (rows, columns))
+    everywhere = np.broadcast_to(np.arange(columns), (rows, columns))
+    if width <= k:
+        _keep_strongest(products, everywhere, sign, values, at)
+        return values, at
+    grouped = products[:, : DEPTH * width].reshape(rows, DEPTH, width)
+    peaks = grouped.max(axis=1) if sign > 0 else -grouped.min(axis=1)
+    groups = np.argpartition(peaks, width - k, axis=1)[:, width - k :]
+    inside = (groups[:, None, :] + width * np.arange(DEPTH)[None, :, None]).reshape(rows, -1)
+    looked_at = np.concatenate([inside, everywhere[:, DEPTH * width :]], axis=1)
+    _keep_strongest(products, looked_at, sign, values, at)
+    # where more than k groups reach the k-th, equals may stand first in one that was left out
+    tied = np.flatnonzero((peaks >= sign * values[:, -1:]).sum(axis=1) > k)
+    if len(tied):
+        again = values[tied], at[tied]
+        _keep_strongest(products[tied], everywhere[: len(tied)], sign, *again)
+        values[tied], at[tied] = again
+    return values, at
+
+
+def _keep_strongest(
+    products: np.ndarray, looked_at: np.ndarray, sign: int, values: np.ndarray, at: np.ndarray
+) -> None:
+    """Fill ``values`` and ``at`` with the strongest of the columns that are looked at."""
+    k = values.shape[1]
     strength = sign * np.take_along_axis(products, looked_at, axis=1)
     strength = np.where(strength > 0, strength, -np.inf)
     order = np.lexsort((looked_at, -strength), axis=1)[:, :k]
     best = np.take_along_axis(strength, order, axis=1)
     where = np.take_along_axis(looked_at, order, axis=1)
-    values = np.full((rows, k), np.nan, np.float32)
-    at = np.full((rows, k), -1, np.int64)
     none = best == -np.inf
     values[:, : best.shape[1]] = np.where(none, np.nan, sign * best)
     at[:, : best.shape[1]] = np.where(none, -1, where)
-    return values, at

@@ -71,9 +71,15 @@ class _CopyElsewhere:
         return _open(Path(self.path) / name)
 
 
+def chunk_sequences(rows: int, batch: int, tokens: int, itemsize: int) -> int:
+    """Sequences in one chunk of a copy: about CHUNK_BYTES, and all chunks about equally large."""
+    most = max(1, CHUNK_BYTES // (rows * tokens * itemsize))
+    return -(-batch // -(-batch // most))
+
+
 def _write(path: Path, losses: np.ndarray) -> None:
     _, rows, batch, tokens = losses.shape
-    block = max(1, min(batch, CHUNK_BYTES // (rows * tokens * losses.itemsize)))
+    block = chunk_sequences(rows, batch, tokens, losses.itemsize)
     array = zarr.create_array(
         path,
         shape=losses.shape,

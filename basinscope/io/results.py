@@ -156,10 +156,11 @@ def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
             data = variable.data
             if tuple(sizes[0] for sizes in data.chunks) != stored:  # begun with other blocks
                 data = data.rechunk(stored)
+            # optimised one by one, blocks would each compute what they share
+            blocks = data.to_delayed(optimize_graph=False)
             for index in product(*map(range, data.numblocks)):
                 if not where.joinpath("c", *map(str, index)).exists():
-                    block = data.blocks[index] if index else data
-                    yield delayed(_write_block)(str(where), index, block)
+                    yield delayed(_write_block)(str(where), index, blocks[index])
 
 
 def _write_block(path: str, index: tuple[int, ...], values: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from basinscope.analysis import bif as bif_module
 from basinscope.analysis import products, traces
 from basinscope.analysis.bif import plan_bif
 from basinscope.analysis.plan import Blocks, Plan, PlanError
+from basinscope.io import copy as copy_module
 from basinscope.io import results, stored
 from basinscope.io.copy import TemporaryCopy
 from basinscope.io.store import StoreMismatchError, read_store
@@ -186,6 +187,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
             made.append(self.path)
 
     monkeypatch.setattr(traces, "TemporaryCopy", Noted)
+    monkeypatch.setattr(copy_module, "CHUNK_BYTES", 1000)  # of stores this small
     (tmp_path / "spill").mkdir()
     with dask.config.set({"temporary-directory": str(tmp_path / "spill"), "num_workers": 2}):
         yield made
@@ -377,8 +379,7 @@ def test_draws_that_are_recorded_but_lost_are_an_error_never_nan(
 def test_a_cluster_of_processes_gives_the_same_numbers(
     whole: Path, tmp_path: Path, copies: list[str]
 ) -> None:
-    from distributed import Client, LocalCluster
-
+    distributed = pytest.importorskip("distributed")
     other = recorded_store(tmp_path / "l0.zarr", random_tree(1, chains=3, draws=60, steps=60))
     theirs = write_devinterp_tree(foreign_tree(), tmp_path / "theirs.zarr")
     limit = limit_of_a_copy(theirs, {})
@@ -394,10 +395,10 @@ def test_a_cluster_of_processes_gives_the_same_numbers(
 
     expected = compute()
     with (
-        LocalCluster(
+        distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
         ) as cluster,
-        Client(cluster),
+        distributed.Client(cluster),
     ):
         got = compute()
         streamed = basinscope.compute_bif(whole, **KINDS["token"], output_path=tmp_path / "r")

@@ -324,7 +324,7 @@ def test_a_limit_that_nothing_fits_is_refused_with_one_that_does() -> None:
         ),
     ]
     for compute in computes:
-        with pytest.raises(ValueError, match=r"memory_limit is 1 B: give memory_limit='\d+"):
+        with pytest.raises(ValueError, match=r"memory_limit is 1 B: give memory_limit=\d+"):
             compute(1)
         limited(compute, tight=True)
 

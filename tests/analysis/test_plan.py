@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,7 @@ def _two_workers() -> Iterator[None]:
         ("average", FOREIGN, PLENTY, Blocks(40, 40, False), (128_000, 320_000)),
         ("sequence", OURS, PLENTY, Blocks(20, 20, False), (128_000, 320_000)),
         ("sequence", FOREIGN, PLENTY, Blocks(40, 40, False), (128_000, 320_000)),
-        ("top_k", OURS, PLENTY, Blocks(40, 40, False, queries=6), (256_000, 384_000)),
+        ("top_k", OURS, PLENTY, Blocks(40, 40, False, queries=6), (160_000, 384_000)),
     ],
 )
 def test_influence_costs(
@@ -200,25 +202,29 @@ def test_the_limit_that_a_refusal_names_works(
 @pytest.mark.parametrize(
     ("kind", "beside_chunks"),
     [
-        ("token", WORKERS * (2 * 4 * 3_200 + 4 * 4 * 256)),
-        ("average", 2 * 8 * 100 * 40 + 12 * 40 * 40 + WORKERS * 4 * 3_200),
-        ("top_k", 30_000),
+        ("token", WORKERS * (2 * 10 * 2_032_000 + 10 * 10 * 4 * 127**2)),
+        ("average", 2 * 8 * 4000 * 1000 + 12 * 1000 * 1000 + WORKERS * 10 * 2_032_000),
+        ("top_k", 30_000_000),
     ],
 )
 def test_chunks_with_all_sequences_are_copied_where_memory_is_short(
     kind: str, beside_chunks: int
 ) -> None:
-    limit = 3 * WORKERS * 64_000 + beside_chunks
-    plan, blocks = plan_influence(problem(kind, FOREIGN), limit)
+    chunk = (1, 50, 1000, 127)
+    large = problem(kind, Layout((1, 4000, 1000, 127), chunk, 4))
+    limit = 3 * WORKERS * 4 * math.prod(chunk) + beside_chunks
+    plan, blocks = plan_influence(large, limit)
     plan.validate(limit)
     assert blocks.copied
-    assert 1 <= blocks.output <= 4  # every chunk would be decoded ten times or more
-    assert plan.bytes_to_write == 128_000
-    assert plan.bytes_to_read >= 2 * 128_000
+    assert 1 <= blocks.output <= 10  # every chunk would be decoded a hundred times or more
+    assert plan.bytes_to_write == plan.stored_bytes == 2_032_000_000
+    assert plan.bytes_to_read >= 2 * 2_032_000_000
     (note,) = plan.notes
     assert f"blocks of {blocks.output} " in note
-    assert "temporary copy of 125.00 kiB" in note
-    assert ("writes to a temporary copy", "125.00 kiB") in plan.rows()
+    assert "temporary copy of 1.89 GiB" in note
+    assert ("writes to a temporary copy", "1.89 GiB") in plan.rows()
+    plenty, blocks = plan_influence(large, 2**35)
+    assert (blocks.copied, plenty.bytes_to_write, plenty.notes) == (False, 0, ())
 
 
 def test_sequences_are_averaged_in_one_pass_and_never_copied() -> None:
@@ -263,7 +269,7 @@ def test_influence_reads_and_gives_what_its_plan_says(
     got = basinscope.compute_bif(path, memory_limit=limit, **options).drop_vars("input_ids")
     assert sum(variable.nbytes for variable in got.data_vars.values()) == plan.output_bytes
     got.compute(scheduler="synchronous")
-    assert plan.bytes_to_read == sum(decoded)
+    require_reads(plan, sum(decoded))
     assert plan.bytes_to_write == 0
 
 
@@ -277,21 +283,30 @@ def test_a_result_that_is_streamed_reads_what_its_plan_says(
     decoded = count_decodes(monkeypatch)
     with dask.config.set(scheduler="synchronous"):
         basinscope.compute_bif(path, **options, output_path=tmp_path / "r")
-    assert plan.bytes_to_read == sum(decoded)
+    require_reads(plan, sum(decoded))
 
 
-@pytest.mark.parametrize("kind", ["token", "token, some", "average"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_index_range_1": [7, 3]},
+        {"batch_index_range_2": [7, 3]},
+        {"average_tokenwise_bif": True},
+    ],
+    ids=str,
+)
 def test_a_temporary_copy_is_read_and_written_as_planned(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tree(TREE, tmp_path / "s", chunks=(1, 4, 12, 4))
     monkeypatch.setattr(copy_module, "CHUNK_BYTES", 1)  # a sequence in a chunk
-    limit = plan_bif(path, memory_limit=1, **OPTIONS[kind]).least_memory
-    plan = plan_bif(path, memory_limit=limit, **OPTIONS[kind])
-    got = basinscope.compute_bif(path, memory_limit=limit, **OPTIONS[kind])["influences"]
+    limit = plan_bif(path, memory_limit=1, **options).least_memory
+    plan = plan_bif(path, memory_limit=limit, **options)
+    assert plan.bytes_to_write == TREE["loss_a"].nbytes
+    got = basinscope.compute_bif(path, memory_limit=limit, **options)["influences"]
     decoded = count_decodes(monkeypatch)
     got.compute(scheduler="synchronous")
-    assert plan.bytes_to_write == TREE["loss_a"].nbytes
     assert plan.bytes_to_read == sum(decoded)
 
 
@@ -333,8 +348,10 @@ TREE = random_tree(0, observables={"a": 12}, batch=4)
 
 def problem(kind: str, layout: Layout, queries: int = 6) -> Influence:
     rows = np.arange(layout.shape[2])
-    asked = {"queries": queries, "top_k": 3} if kind == "top_k" else {}
-    return Influence((layout,), rows, rows, layout.shape[1], kind, **asked)
+    some = Influence((layout,), rows, rows, layout.shape[1], kind)
+    if kind == "top_k":
+        return replace(some, queries=np.resize(rows, queries), top_k=3)
+    return some
 
 
 def own_layout(chains: int, draws: int, sequences: int, tokens: int) -> Layout:
@@ -360,6 +377,10 @@ def random_problem(size: tuple[int, int, int, int], kind: str, queries: int) -> 
     sequences, tokens, samples, inside = size
     chunk = (1, min(50, samples), min(inside, sequences), tokens)
     return problem(kind, Layout((1, samples, sequences, tokens), chunk, 4), queries)
+
+
+def require_reads(plan: Plan, decoded: int) -> None:
+    assert plan.bytes_to_read == decoded
 
 
 def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -58,6 +58,14 @@ def test_a_few_sequences_are_read_without_the_others(monkeypatch: pytest.MonkeyP
     assert copy.open("a").chunk_shape == (1, 50, 2, 3)
 
 
+def test_a_copy_takes_about_the_room_that_its_losses_take() -> None:
+    copy = TemporaryCopy(1000)
+    losses = np.ones((1, 50, 21, 127), np.float32)  # 20 sequences make a chunk
+    copy.write("a", losses)
+    size = sum(file.stat().st_size for file in Path(copy.path).rglob("*") if file.is_file())
+    assert losses.nbytes <= size <= 1.1 * losses.nbytes
+
+
 def test_a_lost_file_is_an_error_never_nan() -> None:
     copy = TemporaryCopy(1000)
     copy.write("a", np.ones((1, 2, 3, 4), np.float32))
