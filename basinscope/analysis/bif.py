@@ -379,22 +379,26 @@ def _between_rows(
         ]
 
     left = traces_of(problem.rows_1)
-    right = left if problem.size.same else traces_of(problem.rows_2)
-    joined = [delayed(np.concatenate)(side) for side in (left, right)]
+    right = None if problem.size.same else traces_of(problem.rows_2)
     width = len(problem.rows_2)
-    influences = da.concatenate(
-        [
-            da.from_delayed(
-                delayed(_row_products)(*joined, at, clip), (at.stop - at.start, width), np.float32
-            )
-            for at in _cuts(len(problem.rows_1), max(1, ROW_BLOCK_BYTES // (4 * width)))
-        ]
-    )
+    panels = _cuts(len(problem.rows_1), max(1, ROW_BLOCK_BYTES // (4 * width)))
+    products = [
+        da.from_delayed(
+            delayed(_row_products)(left, right, at, clip), (at.stop - at.start, width), np.float32
+        )
+        for at in panels
+    ]
+    influences = products[0] if len(products) == 1 else da.concatenate(products)
     return _labelled(problem, influences)
 
 
-def _row_products(left: np.ndarray, right: np.ndarray, rows: slice, clip: bool) -> np.ndarray:
-    products = product(left[rows], right).astype(np.float32)
+def _row_products(
+    left: list[np.ndarray], right: list[np.ndarray] | None, rows: slice, clip: bool
+) -> np.ndarray:
+    """Multiply some rows of the left with all of the right, or of the left again."""
+    joined = np.concatenate(left)
+    whole = joined if right is None else np.concatenate(right)
+    products = product(joined[rows], whole).astype(np.float32)
     return np.clip(products, -1, 1, out=products) if clip else products
 
 
@@ -501,14 +505,13 @@ def _influence_attrs(options: BifOptions) -> dict[str, str]:
     return {"long_name": "correlation of losses over the draws", "units": "1"}
 
 
-def _input_ids(problem: _Problem) -> xr.DataArray:
-    arrays = []
-    for key in problem.keys:
-        ids = unread(problem.samples.dataset[f"input_ids_{key}"])
-        arrays.append(xr.DataArray(ids, dims=("batch", "position")))
-    joined = xr.concat(arrays, dim="batch")
-    joined.attrs = {"long_name": "token ids of the sequences", "units": "1"}
-    return joined
+def _input_ids(problem: _Problem) -> xr.Variable:
+    ids = [unread(problem.samples.dataset[f"input_ids_{key}"]) for key in problem.keys]
+    if len(ids) > 1:
+        held = all(isinstance(values, np.ndarray) for values in ids)
+        ids = [np.concatenate(ids) if held else da.concatenate(ids)]
+    attrs = {"long_name": "token ids of the sequences", "units": "1"}
+    return xr.Variable(("batch", "position"), ids[0], attrs)
 
 
 def _rows(wanted: Literal["all"] | Sequence[int], count: int, name: str) -> np.ndarray:

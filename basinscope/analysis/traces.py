@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import dask.array as da
 import numpy as np
 from dask.delayed import Delayed, delayed
 
@@ -12,6 +13,7 @@ from basinscope.analysis.plan import Layout
 from basinscope.analysis.stores import Part, Samples, chunks_of, cut, files_of
 from basinscope.io.copy import TemporaryCopy
 
+GROUP_BYTES = 2**22  # of float64 traces, of losses in memory, that are averaged together
 SLAB_BYTES = 2**20  # of float64 traces that are standardised together
 
 
@@ -39,6 +41,10 @@ class Piece(NamedTuple):
     chains: list[list[tuple[int, Any]]]
     take: np.ndarray | None
     put: np.ndarray
+
+
+class Pieces(list[Piece]):
+    """The pieces of a block; Dask looks for arrays of its own in lists, and not in this."""
 
 
 class Traces:
@@ -85,7 +91,7 @@ class Traces:
 
     def pieces(self, rows: np.ndarray) -> list[Piece]:
         """Find some sequences; reads nothing."""
-        pieces = []
+        pieces: list[Piece] = []
         first = 0
         for observable, (chains, layout) in enumerate(zip(self.losses, self.layouts, strict=True)):
             put = np.flatnonzero((rows >= first) & (rows < first + layout.shape[2]))
@@ -100,7 +106,8 @@ class Traces:
                 ]
                 pieces.append(Piece(found, None if whole else take, put[group]))
             first += layout.shape[2]
-        return pieces
+        lazy = any(isinstance(part, da.Array) for chains in self.losses for part in chains)
+        return pieces if lazy else Pieces(pieces)
 
     def _find(
         self, observable: int, chain: int, part: Part, low: int, high: int
@@ -260,8 +267,12 @@ def standardise(traces: np.ndarray, covariance: bool) -> np.ndarray:
         The same array.
     """
     flat = traces.reshape(-1, traces.shape[-1])
-    for rows, centred, scale in _centred(flat, covariance):
-        np.multiply(centred, scale[:, None], out=flat[rows], casting="same_kind")
+    for rows, shifted in _shifted(flat):
+        mean, scale = _mean_and_scale(
+            shifted.sum(axis=1), np.vecdot(shifted, shifted), flat.shape[1], covariance
+        )
+        shifted -= mean[:, None]
+        np.multiply(shifted, scale[:, None], out=flat[rows], casting="same_kind")
     return traces
 
 
@@ -285,18 +296,24 @@ def gather_token_means(
         traces = gather_traces(pieces, shape, dtype, mean_over_chains, *copied)
         return mean_over_tokens(traces, covariance)
     means = np.empty((shape[0], shape[2]))
-    slab = np.empty((shape[2], shape[1]))  # (samples, token_pos), as losses in memory lie
+    _, tokens, samples = shape
+    together = max(1, GROUP_BYTES // (8 * tokens * samples))
+    slab = np.empty((samples, together, tokens))  # as losses in memory lie
     for chains, take, put in pieces:
-        for at, sequence in zip(put, range(len(put)) if take is None else take, strict=True):
+        losses = [part[0] for files in chains for _, part in files]
+        for first in range(0, len(put), together):
+            at = put[first : first + together]
+            some: Any = slice(first, first + len(at)) if take is None else take[first:][: len(at)]
+            shifted = slab[:, : len(at)]
             start = 0
-            for files in chains:
-                for _, part in files:
-                    slab[start : start + part.shape[1]] = part[0, :, sequence]
-                    start += part.shape[1]
-            slab -= slab[0].copy()  # first, so that a constant trace is zero exactly
-            slab -= slab.sum(axis=0) / len(slab)
-            scale = _scale(np.einsum("nt,nt->t", slab, slab), len(slab), covariance)
-            means[at] = np.vecdot(slab, scale) / shape[1]
+            for own in losses:
+                rows = slice(start, start + len(own))
+                np.subtract(own[:, some], losses[0][0, some], out=shifted[rows], dtype=np.float64)
+                start = rows.stop
+            squares = np.einsum("nst,nst->st", shifted, shifted)
+            mean, scale = _mean_and_scale(shifted.sum(axis=0), squares, samples, covariance)
+            total = np.einsum("nst,st->sn", shifted, scale)
+            means[at] = (total - (mean * scale).sum(axis=1, keepdims=True)) / tokens
     return means
 
 
@@ -313,10 +330,13 @@ def mean_over_tokens(traces: np.ndarray, covariance: bool) -> np.ndarray:
     """
     sequences, tokens, samples = traces.shape
     means = np.zeros((sequences, samples))
-    for mean, trace in zip(means, traces, strict=True):
-        for _, centred, scale in _centred(trace, covariance):
+    for total, trace in zip(means, traces, strict=True):
+        for _, shifted in _shifted(trace):
+            mean, scale = _mean_and_scale(
+                shifted.sum(axis=1), np.vecdot(shifted, shifted), samples, covariance
+            )
             # not BLAS, whose own threads would wait for those of other tasks
-            mean += np.einsum("t,tn->n", scale, centred)
+            total += np.einsum("t,tn->n", scale, shifted) - mean @ scale
     return means / tokens
 
 
@@ -327,34 +347,36 @@ def _in_memory(pieces: list[Piece]) -> bool:
     )  # fmt: skip
 
 
-def _centred(flat: np.ndarray, covariance: bool) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Centre (rows, samples) in float64, as many rows at a time as fit a cache.
+def _shifted(flat: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Take the first sample off (rows, samples), in float64, and so many rows as fit a cache.
+
+    A constant trace becomes zero exactly, and no digits are lost in sums of squares of others.
 
     Yields
     ------
     rows : slice
-    centred : np.ndarray (rows, samples)
-        float64; used again for the next rows.
-    scale : np.ndarray (rows,)
-        See :func:`_scale`.
+    shifted : np.ndarray (rows, samples)
+        Used again for the next rows.
     """
     samples = flat.shape[1]
     most = max(1, SLAB_BYTES // (8 * samples))
     slab = np.empty((min(most, len(flat)), samples))
     for first in range(0, len(flat), most):
         rows = slice(first, min(first + most, len(flat)))
-        centred = slab[: rows.stop - first]
-        # its first sample is taken off first, so that a constant trace is zero exactly
-        np.subtract(flat[rows], flat[rows, :1], out=centred, dtype=np.float64)
-        centred -= centred.sum(axis=1, keepdims=True) / samples
-        yield rows, centred, _scale(np.vecdot(centred, centred), samples, covariance)
+        shifted = slab[: rows.stop - first]
+        np.subtract(flat[rows], flat[rows, :1], out=shifted, dtype=np.float64)
+        yield rows, shifted
 
 
-def _scale(squares: np.ndarray, samples: int, covariance: bool) -> np.ndarray:
-    """Give what makes centred traces such that products are correlations, or covariances.
+def _mean_and_scale(
+    sums: np.ndarray, squares: np.ndarray, samples: int, covariance: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give the means of shifted traces, and what makes their products correlations (covariances).
 
-    NaN where a trace has no variance, and so no correlation.
+    The scale is NaN where a trace has no variance, and so no correlation.
     """
+    means = sums / samples
     if covariance:
-        return np.full(squares.shape, 1 / np.sqrt(samples - 1))
-    return 1 / np.sqrt(np.where(squares > 0, squares, np.nan))
+        return means, np.full(sums.shape, 1 / np.sqrt(samples - 1))
+    squares = squares - sums * means
+    return means, 1 / np.sqrt(np.where(squares > 0, squares, np.nan))
