@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from dask.delayed import Delayed, delayed
 
-from basinscope.analysis.stores import Part, chunks_of, files_of
+from basinscope.analysis.stores import Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
 STACKED = 128  # most rows of a matrix that is multiplied with weights
@@ -33,7 +33,7 @@ def lazy_totals(parts: list[Part], of_tokens: bool = True) -> list[list[tuple[in
         For each chain, what :func:`mean_losses` takes once it is computed.
     """
     return [
-        [(first, delayed(loss_totals)(piece, of_tokens)) for first, piece in files_of(part)]
+        [(first, delayed(loss_totals)(piece, of_tokens)) for first, piece in streamed(part)]
         for part in parts
     ]
 

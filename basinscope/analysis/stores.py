@@ -29,6 +29,7 @@ from basinscope.io.stored import StoredArray, open_stored
 
 Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
+TASK_BYTES = 2**27  # of losses on disk that one task goes through
 SLAB_BYTES = 2**20  # about what fits beside its float64 copy in a core's cache
 
 
@@ -277,24 +278,36 @@ def chunks_of(part: StoredArray | np.ndarray) -> Iterator[tuple[tuple[slice, ...
         yield (slice(0, 1), row, slice(0, part.shape[2]), slice(0, part.shape[3])), part[:, row]
 
 
-def files_of(part: Part, split_sequences: bool = True) -> list[tuple[int, Part]]:
-    """Split along the rows, file by file; give each piece's first row with it.
+def streamed(part: Part) -> list[tuple[int, Part]]:
+    """Split into what one task goes through chunk by chunk; give the first row with each.
 
-    Losses that are no store's array are split by their Dask chunks, along their sequences too
-    unless ``split_sequences`` is False.
+    A task takes several files: they are not held, and a scheduler of few large tasks is not waited
+    for. Losses that are no store's array are split by their Dask chunks.
     """
     if isinstance(part, StoredArray):
-        extent, begin = part.file_shape[1], part.start[1]
+        file_bytes = part.nbytes // max(1, part.shape[1]) * part.file_shape[1]
+        return files_of(part, max(1, TASK_BYTES // max(1, file_bytes)))
+    if isinstance(part, np.ndarray):
+        return files_of(part)
+    sequences = _pairs(np.cumsum([0, *part.chunks[2]]).tolist())
+    return [
+        (first, cut(piece, slice(None), slice(*at)))
+        for first, piece in files_of(part)
+        for at in sequences
+    ]
+
+
+def files_of(part: Part, together: int = 1) -> list[tuple[int, Part]]:
+    """Split along the rows, so many files to a piece; give the first row with each."""
+    if isinstance(part, StoredArray):
+        extent, begin = part.file_shape[1] * together, part.start[1]
         bounds = [*range(begin - begin % extent, part.stop[1], extent), part.stop[1]]
         return [(a, cut(part, slice(a, b))) for a, b in _pairs([max(0, n - begin) for n in bounds])]
     if isinstance(part, np.ndarray):
         extent = max(1, FILE_BYTES // max(1, part[:, :1].nbytes))
         return [(a, part[:, a : a + extent]) for a in range(0, part.shape[1], extent)]
     rows = _pairs(np.cumsum([0, *part.chunks[1]]).tolist())
-    sequences = [(0, part.shape[2])]
-    if split_sequences:
-        sequences = _pairs(np.cumsum([0, *part.chunks[2]]).tolist())
-    return [(a, cut(part, slice(a, b), slice(*at))) for a, b in rows for at in sequences]
+    return [(a, cut(part, slice(a, b))) for a, b in rows]
 
 
 def cut(part: Part, rows: slice, sequences: slice = slice(None)) -> Part:

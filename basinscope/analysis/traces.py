@@ -80,7 +80,7 @@ class Traces:
             delayed(_write_copy)(made, _name(observable, chain, first), piece)
             for observable, chains in enumerate(self.losses)
             for chain, part in enumerate(chains)
-            for first, piece in files_of(part, split_sequences=False)
+            for first, piece in files_of(part)
         ]
         self._copy = made, delayed(_all_written)(written)
 
@@ -116,7 +116,7 @@ class Traces:
             return [(0, cut(part, slice(None), slice(low, high)))]
         return [
             (first, InCopy(_name(observable, chain, first), (low, high)))
-            for first, _ in files_of(part, split_sequences=False)
+            for first, _ in files_of(part)
         ]
 
 
