@@ -117,7 +117,7 @@ def compare(
         ),
         "LLC": (
             6 * rounds,
-            lambda: basinscope.compute_llc(ours())[PEER_VARIABLES].compute(),
+            lambda: basinscope.compute_llc(ours(), observables=[])[PEER_VARIABLES].compute(),
             lambda: peer_llc(peer()).compute(),
         ),
     }

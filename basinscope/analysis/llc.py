@@ -12,7 +12,13 @@ import xarray as xr
 from dask.delayed import delayed
 
 from basinscope.analysis.diagnostics import diagnose_trace
-from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of
+from basinscope.analysis.means import (
+    Totals,
+    at_checkpoint,
+    lazy_totals,
+    mean_losses,
+    shapes_of,
+)
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
 from basinscope.analysis.stores import Samples, cut, open_samples, unread
@@ -89,9 +95,7 @@ def compute_llc(
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
     shapes = shapes_of(parts)
     lengths = [shape[1] for shape in shapes]
-    computed = delayed(_estimate)(
-        lazy_totals(parts), shapes, unread(opened.init_loss()), opened.n_beta
-    )
+    computed = delayed(_estimate)(lazy_totals(parts), shapes, opened.init_loss(), opened.n_beta)
     judged = delayed(_judge)(computed["traces"], opened.n_beta)
     chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
     variables = {}
@@ -131,11 +135,12 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 def _estimate(
-    totals: list[Totals], shapes: list[tuple[int, ...]], at_init: np.ndarray, n_beta: float
+    totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any], n_beta: float
 ) -> dict[str, Any]:
     """Apply the formula, to chains, tokens, and steps so far."""
     traces, of_tokens = mean_losses(totals, shapes)
-    init_loss = at_init.mean(dtype=np.float64)
+    at_init = at_checkpoint(init_losses)
+    init_loss = at_init.mean()
     per_chain = n_beta * (np.array([trace.mean() for trace in traces]) - init_loss)
     running = [n_beta * (np.cumsum(t) / np.arange(1, len(t) + 1) - init_loss) for t in traces]
     return {
@@ -144,7 +149,7 @@ def _estimate(
         "llc_std": per_chain.std(),
         "llc_per_chain": per_chain,
         "llc_scalar": n_beta * (np.concatenate(traces).mean() - init_loss),
-        "llc_token": n_beta * (of_tokens - at_init.mean(axis=0, dtype=np.float64)),
+        "llc_token": n_beta * (of_tokens - at_init.mean(axis=0)),
         "llc_running": _stacked(running),
         "loss_trace": _stacked(traces),
         "init_loss": init_loss,

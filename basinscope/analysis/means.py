@@ -32,9 +32,9 @@ def lazy_totals(parts: list[Part], of_tokens: bool = True) -> list[list[tuple[in
     list of list of (int, Delayed)
         For each chain, what :func:`mean_losses` takes once it is computed.
     """
+    add_up = delayed(loss_totals)
     return [
-        [(first, delayed(loss_totals)(piece, of_tokens)) for first, piece in streamed(part)]
-        for part in parts
+        [(first, add_up(piece, of_tokens)) for first, piece in streamed(part)] for part in parts
     ]
 
 
@@ -138,6 +138,11 @@ def mean_losses(
             over_tokens += of_tokens
         traces.append(trace / (batch * tokens))
     return traces, over_tokens / sum(shape[1] * shape[2] for shape in shapes)
+
+
+def at_checkpoint(parts: list[Any]) -> np.ndarray:
+    """Join the loss at the checkpoint of every chain: (chain, token_pos), float64."""
+    return np.concatenate([np.asarray(part) for part in parts]).astype(np.float64)
 
 
 def shapes_of(parts: list[Part]) -> list[tuple[Any, ...]]:

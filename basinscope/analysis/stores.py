@@ -93,19 +93,29 @@ class Samples:
 
     def losses(self, name: str) -> list[Part]:
         """Give the losses of each chain that counts, up to the last row that counts."""
-        variable = self.dataset[name]
-        rows = self.steps if dims.STEP in variable.dims else self.draws
-        stored = stored_array(variable) if self.path is None else open_stored(self.path / name)
+        rows = self.steps if dims.STEP in self.dataset[name].dims else self.draws
         chains = zip(self.places, rows, strict=True)
+        stored = self._stored(name)
         if stored is not None:
-            whole = stored.written() if self.recorded else stored
-            return [whole.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
-        data = unread(variable)
+            return [stored.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
+        data = unread(self.dataset[name])
         return [data[chain : chain + 1, :count] for chain, count in chains]
 
-    def init_loss(self) -> xr.DataArray:
-        """Give ``init_loss (chain, token_pos)`` of the chains that count."""
-        return self.dataset["init_loss"].isel(chain=list(self.places))
+    def init_loss(self) -> list[Part]:
+        """Give the loss at the checkpoint of each chain that counts, (1, token_pos)."""
+        stored = self._stored("init_loss")
+        if stored is not None:
+            return [stored.part(slice(chain, chain + 1)) for chain in self.places]
+        data = unread(self.dataset["init_loss"])
+        return [data[chain : chain + 1] for chain in self.places]
+
+    def _stored(self, name: str) -> StoredArray | None:
+        """Find the array on disk that a variable is, to read it chunk by chunk."""
+        if self.path is None:
+            stored = stored_array(self.dataset[name])
+        else:
+            stored = open_stored(self.path / name)
+        return stored.written() if stored is not None and self.recorded else stored
 
     def identity(self, names: Sequence[str]) -> dict[str, Any]:
         """Tell these samples from any others: settings, chains, and a digest of some losses.
@@ -118,7 +128,7 @@ class Samples:
             "sampler": self.sampler,
             "chains": list(self.chains),
             "draws": list(self.draws),
-            "losses": [digest(values) for values in (self.init_loss().to_numpy(), *first)],
+            "losses": [digest(values) for values in (*map(np.asarray, self.init_loss()), *first)],
         }
 
     @property

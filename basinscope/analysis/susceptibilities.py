@@ -13,7 +13,14 @@ import xarray as xr
 from dask.delayed import Delayed, delayed
 
 from basinscope.analysis.llc import choose_observables
-from basinscope.analysis.means import Totals, lazy_totals, mean_losses, shapes_of, weighted_mean
+from basinscope.analysis.means import (
+    Totals,
+    at_checkpoint,
+    lazy_totals,
+    mean_losses,
+    shapes_of,
+    weighted_mean,
+)
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import AMPLIFIED, Layout, Plan, plan_susceptibilities, workers
 from basinscope.analysis.stores import Part, Samples, cut, open_samples, unread
@@ -232,13 +239,13 @@ class Task(NamedTuple):
 def _lazy_task(samples: Samples, task: str, full: Samples) -> Delayed:
     parts = samples.losses(f"loss_{task}")
     return delayed(_of_task)(
-        lazy_totals(parts, of_tokens=False), shapes_of(parts), unread(full.init_loss())
+        lazy_totals(parts, of_tokens=False), shapes_of(parts), full.init_loss()
     )
 
 
-def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], at_init: np.ndarray) -> Task:
+def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any]) -> Task:
     losses, _ = mean_losses(totals, shapes)
-    phi = [trace - at_init.mean(dtype=np.float64) for trace in losses]
+    phi = [trace - at_checkpoint(init_losses).mean() for trace in losses]
     joined, loss = np.concatenate(phi), np.concatenate(losses)
     return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ class DamagedStoreError(ValueError):
     """A store does not hold what was written to it."""
 
 
-@dataclass(frozen=True)
 class StoredArray:
     """A part of an array on disk; reads like an array, and can be sent to another process.
 
@@ -55,18 +54,29 @@ class StoredArray:
         Whether a chunk that was never written is an error.
     """
 
-    path: str
-    start: tuple[int, ...]
-    stop: tuple[int, ...]
-    file_shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    sharded: bool
-    dtype: np.dtype[Any]
-    fill_value: Any
-    order: tuple[int, ...] | None
-    filters: tuple[str, ...]
-    separator: str
-    must_exist: bool = False
+    # No dataclass: Dask looks into those, field by field, for every task that takes one.
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        start: tuple[int, ...],
+        stop: tuple[int, ...],
+        file_shape: tuple[int, ...],
+        chunk_shape: tuple[int, ...],
+        sharded: bool,
+        dtype: np.dtype[Any],
+        fill_value: Any,
+        order: tuple[int, ...] | None,
+        filters: tuple[str, ...],
+        separator: str,
+        must_exist: bool = False,
+    ) -> None:
+        self.path, self.start, self.stop = path, start, stop
+        self.file_shape, self.chunk_shape, self.sharded = file_shape, chunk_shape, sharded
+        self.dtype, self.fill_value = dtype, fill_value
+        self.order, self.filters, self.separator = order, filters, separator
+        self.must_exist = must_exist
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,11 +98,16 @@ class StoredArray:
             if step != 1:
                 raise ValueError(f"a part has no gaps: got {bound}")
             start[axis], stop[axis] = self.start[axis] + first, self.start[axis] + max(first, last)
-        return replace(self, start=tuple(start), stop=tuple(stop))
+        return self._with(start=tuple(start), stop=tuple(stop))
 
     def written(self) -> StoredArray:
         """Make a chunk that was never written an error instead of a fill value."""
-        return replace(self, must_exist=True)
+        return self._with(must_exist=True)
+
+    def _with(self, **changes: Any) -> StoredArray:
+        other = copy(self)
+        other.__dict__.update(changes)
+        return other
 
     def chunks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
         """Decode what this part needs, a chunk at a time, file by file.
