@@ -198,11 +198,26 @@ def run_top_k(store: Path, limit: str) -> object:
     return basinscope.compute_bif(store, top_k=10, queries=queries, memory_limit=limit).compute()
 
 
+def run_streamed(store: Path, limit: str) -> object:
+    import basinscope
+
+    rows = range(basinscope.open_store(store)["loss_a"].shape[2])
+    with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+        return basinscope.compute_bif(
+            store,
+            batch_index_range_1=rows[:48],
+            batch_index_range_2=rows[32:160] or rows,
+            memory_limit=limit,
+            output_path=Path(folder) / "bif.zarr",
+        )
+
+
 ANALYSES: dict[str, Callable[[Path, str], object]] = {
     "LLC": run_llc,
     "susceptibilities": run_susceptibilities,
     "average influence": run_average,
     "top-k of 64 queries": run_top_k,
+    "token influence streamed to disk": run_streamed,
 }
 
 

@@ -28,6 +28,8 @@ def parse_memory_limit(limit: int | str | None) -> int:
     try:
         if isinstance(limit, bool) or not isinstance(limit, (int, float, str)):
             raise TypeError(type(limit).__name__)
+        if isinstance(limit, str) and not any(letter.isdigit() for letter in limit):
+            raise ValueError("no digit")  # dask takes "MB" for one of them
         found = int(parse_bytes(limit))
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(

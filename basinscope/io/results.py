@@ -15,6 +15,7 @@ from typing import Any
 
 import dask.array as da
 import dask.base
+import google_crc32c
 import numpy as np
 import xarray as xr
 import zarr
@@ -22,7 +23,7 @@ from dask.delayed import Delayed, delayed
 from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
-from basinscope.io.store import now, require_same_settings
+from basinscope.io.store import now, remove_partial_files, require_same_settings
 
 
 def write_result(
@@ -63,6 +64,7 @@ def write_result(
         missing = list(_missing_blocks(path, result))
         with progress_bar():
             dask.base.compute(*missing)
+        remove_partial_files(path)  # of processes that were killed
         zarr.open_group(path, mode="r+").update_attributes({"completed": 1, "finished_at": now()})
     return xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
 
@@ -160,14 +162,41 @@ def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
             blocks = data.to_delayed(optimize_graph=False)
             for index in product(*map(range, data.numblocks)):
                 if not where.joinpath("c", *map(str, index)).exists():
-                    yield delayed(_write_block)(str(where), index, blocks[index])
+                    yield delayed(_write_block)(
+                        str(where), index, stored, data.dtype, blocks[index]
+                    )
 
 
-def _write_block(path: str, index: tuple[int, ...], values: np.ndarray) -> None:
-    array = zarr.open_array(path, mode="r+", config={"write_empty_chunks": True})
-    array[
-        tuple(
-            slice(i * n, i * n + m)
-            for i, n, m in zip(index, array.chunks, values.shape, strict=True)
-        )
-    ] = values
+def _write_block(
+    path: str, index: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], values: Any
+) -> None:
+    """Write one chunk: its values row by row, then their CRC32C, moved into place in one step.
+
+    Through zarr-python, a block would be in memory five times while it is encoded.
+    """
+    file = Path(path).joinpath("c", *map(str, index))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+    checksum = 0
+    try:
+        with draft.open("wb") as out:
+            for row in _padded_rows(np.asarray(values, dtype.newbyteorder("<")), chunks):
+                checksum = google_crc32c.extend(checksum, row)
+                out.write(row)
+            out.write(checksum.to_bytes(4, "little"))
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _padded_rows(values: np.ndarray, chunks: tuple[int, ...]) -> Iterator[bytes]:
+    """Give the bytes of a chunk, row by row; an edge is filled up to the chunk's extent."""
+    if not chunks:
+        yield values.tobytes()
+        return
+    fill = np.nan if values.dtype.kind == "f" else 0
+    for place in range(chunks[0]):
+        row = np.full(chunks[1:], fill, values.dtype)
+        if place < len(values):
+            row[tuple(slice(n) for n in values.shape[1:])] = values[place]
+        yield row.tobytes()

@@ -335,7 +335,7 @@ class SampleStore:
         for chain in records:  # a process killed right after its record may have left some
             remove_checkpoints(self.path, chain)
         for name in ("chains", *self.arrays):
-            _remove_partial_files(self.path / name)
+            remove_partial_files(self.path / name)
         zarr.open_group(self.path, mode="r+").update_attributes(
             {
                 "completed": 1,
@@ -350,11 +350,12 @@ class SampleStore:
         """Delete temporary files that a killed writer of this chain left behind."""
         for name, array in self.arrays.items():
             if array.ndim and array.metadata.dimension_names[0] == "chain":  # type: ignore[union-attr,index]
-                _remove_partial_files(self.path / name / "c" / str(chain))
-        _remove_partial_files(self.path / "chains" / str(chain))
+                remove_partial_files(self.path / name / "c" / str(chain))
+        remove_partial_files(self.path / "chains" / str(chain))
 
 
-def _remove_partial_files(directory: Path) -> None:
+def remove_partial_files(directory: Path) -> None:
+    """Delete temporary files that killed writers left behind."""
     for litter in directory.rglob("*.partial"):
         litter.unlink(missing_ok=True)
 

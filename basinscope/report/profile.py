@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,16 @@ def profiled(directory: Path, plan: Plan) -> Iterator[dict[str, Any]]:
     directory.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
     on_cluster = _client() is not None
-    before, start = _bytes_from_files(), time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(_recorded(directory / "profile.html", on_cluster))
+    with _recorded(directory / "profile.html", on_cluster):
+        before, start = _bytes_from_files(), time.perf_counter()
         yield summary
-    seconds = time.perf_counter() - start
-    after = _bytes_from_files()
+        seconds = time.perf_counter() - start
+        after = _bytes_from_files()
     summary |= {
         "estimator": plan.estimator,
-        "seconds": round(seconds, 3),
-        "gb_per_s": round(plan.bytes_to_read / seconds / 1e9, 3),
-        "gflop_per_s": round(plan.flops / seconds / 1e9, 3),
+        "seconds": round(seconds, 6),
+        "gb_per_s": round(plan.bytes_to_read / seconds / 1e9, 6),
+        "gflop_per_s": round(plan.flops / seconds / 1e9, 6),
         "bytes_to_read": plan.bytes_to_read,
         "flops": plan.flops,
         "tasks": plan.tasks,
@@ -83,7 +82,8 @@ def _recorded(page: Path, on_cluster: bool) -> Iterator[None]:
         yield
     recorded = [profiler for profiler in (tasks, resources, cache) if profiler.results]
     if recorded:
-        visualize(recorded, filename=str(page), show=False, save=True)
+        # with its scripts inside, so that the page opens where there is no network
+        visualize(recorded, filename=str(page), show=False, save=True, mode="inline")
 
 
 def _client() -> Any:

@@ -1,0 +1,122 @@
+"""Calls that sample first: what they pass on, what they refuse before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import basinscope
+from tests.conftest import token_rows
+from tests.models_small import tiny_model
+
+SETTINGS: dict[str, Any] = {
+    "lr": 1e-3, "n_beta": 12.0, "num_chains": 2, "num_draws": 6, "batch_size": 4, "device": "cpu",
+    "num_init_loss_batches": 2, "noise_level": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def problem() -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    observables = {"the task": token_rows(30, 9, seed=2), "b": token_rows(30, 9, seed=3)}
+    return tiny_model("gpt_neox"), token_rows(40, 9, seed=1), observables
+
+
+def restrictions(model: torch.nn.Module) -> dict[str, Any]:
+    names = [name for name, _ in model.named_parameters()]
+    first = {name: None for name in names if "layers.0" in name}
+    return {"full": None, "l0": first, "embed in": {n: None for n in names if "embed_in" in n}}
+
+
+def test_bif_samples_and_correlates(problem: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    options: dict[str, Any] = {"correlation_method": "sequence", "compute_covariance": True}
+    got = basinscope.bif(
+        *problem, **SETTINGS, **options, bif_batch_size=3, output_path=path, progress=False
+    )
+    expected = basinscope.compute_bif(path, **options)
+    np.testing.assert_array_equal(got["influences"], expected["influences"])
+    assert got["influences"].shape == (24, 24)
+
+
+@pytest.mark.peer
+def test_susceptibilities_equal_the_peers(problem: Any, tmp_path: Path) -> None:
+    from devinterp.slt.susceptibilities import susceptibilities as by_peer
+
+    masks = restrictions(problem[0])
+    options: dict[str, Any] = {"sampling_task": "the task", **SETTINGS}
+    got = basinscope.susceptibilities(
+        *problem, masks, **options, output_path=tmp_path / "s.zarr", progress=False
+    )
+    stores = sorted(path.name for path in tmp_path.iterdir())
+    assert stores == ["s_embed in.zarr", "s_full.zarr", "s_l0.zarr"]
+    expected = by_peer(*problem, masks, **options)
+    ours, theirs = got["susceptibilities"], expected["susceptibilities"]
+    assert ours["wr"].values.tolist() == ["l0", "embed in"]
+    assert ours.attrs["dataset_id_to_name"] == ["b"]
+    np.testing.assert_allclose(ours["sus"], theirs["sus"], atol=1e-6)
+    np.testing.assert_array_equal(got["context"]["input_ids"], expected["context"]["input_ids"])
+
+
+def test_the_same_call_takes_what_was_sampled(problem: Any, tmp_path: Path) -> None:
+    masks = restrictions(problem[0])
+    options: dict[str, Any] = {
+        **SETTINGS, "sampling_task": "the task", "include_sampling_task": True,
+        "output_path": tmp_path / "s.zarr", "progress": False,
+    }  # fmt: skip
+    first = basinscope.susceptibilities(*problem, masks, **options).compute()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    again = basinscope.susceptibilities(*problem, masks, **options)
+    np.testing.assert_array_equal(first["susceptibilities/sus"], again["susceptibilities/sus"])
+    assert written == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert first["susceptibilities"].attrs["dataset_id_to_name"] == ["b", "the_task"]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda *a: basinscope.bif(*a, **SETTINGS, correlation_method="pairs"), "correlation_meth"),
+        (lambda *a: basinscope.bif(*a, **SETTINGS, bif_batch_size=0), "batch_size=0"),
+        (lambda *a: wanted(a, {"l0": None}), "lacks 'full'"),
+        (lambda *a: wanted(a, {"full": None}), "'full' only"),
+        (lambda *a: wanted(a, {"full": None, "a/b": None}, output_path="s.zarr"), "'a/b' cannot"),
+        (lambda *a: wanted(a, {"full": None, "l0": None}, task="c"), "sampling_task='c'"),
+    ],
+)
+def test_what_cannot_be_analysed_is_not_sampled(
+    problem: Any, call: Callable[..., object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was sampled")
+
+    monkeypatch.setattr("basinscope.sampling.sample.sample", refuse)
+    with pytest.raises(ValueError, match=said):
+        call(*problem)
+
+
+def wanted(problem: Any, masks: dict[str, Any], task: str = "b", **more: Any) -> object:
+    return basinscope.susceptibilities(*problem, masks, sampling_task=task, **SETTINGS, **more)
+
+
+def test_a_task_alone_leaves_nothing_to_ask_about(problem: Any) -> None:
+    model, dataset, observables = problem
+    alone = {"b": observables["b"]}
+    with pytest.raises(ValueError, match="only observable"):
+        wanted((model, dataset, alone), {"full": None, "l0": None})
+
+
+def test_plans_of_all_estimators_are_made_by_one_call(problem: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    tree = basinscope.sample(*problem, **SETTINGS, output_path=path, progress=False)
+    losses = sum(tree[name].nbytes for name in ("loss_b", "loss_the_task"))
+    assert basinscope.plan("bif", path).bytes_to_read == losses
+    micro = tree["sampling_loss_micro"].nbytes
+    assert basinscope.plan("llc", tree).bytes_to_read == losses + micro
+    pair = {"full": path, "l0": tree}
+    assert basinscope.plan("susceptibilities", pair, "b").bytes_to_read == 2 * losses
+    with pytest.raises(ValueError, match="choose one of llc, bif, susceptibilities"):
+        basinscope.plan("rlct", path)  # type: ignore[arg-type]
