@@ -79,7 +79,7 @@ def llc(
                 out.print(
                     f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
                     f"{float(estimate['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
-                    "± is the Monte Carlo standard error; trust it once R-hat is below 1.01."
+                    "± is the standard error; trust it once R-hat is below 1.01."
                 )
         if output is not None:
             _write(

@@ -287,8 +287,8 @@ def _report(
 
     llc = basinscope.compute_llc(tree).compute()
     settled = basinscope.compute_llc(tree, burn_in=scale.num_burnin_steps, observables=[])
-    judged = settled[["llc_mcse", "rhat", "ess_bulk"]].compute()
-    console.print(llc_table(llc.assign(llc_mcse=judged.llc_mcse)))
+    judged = settled[["rhat", "ess_bulk"]].compute()
+    console.print(llc_table(llc))
     console.print(
         f"\nR-hat [bold]{float(judged.rhat):.3f}[/], effective sample size "
         f"[bold]{float(judged.ess_bulk):.0f}[/], spread between chains "
@@ -296,8 +296,7 @@ def _report(
     )
     console.print(
         "It is n_beta times the mean rise of the loss where the chains walk: the sharper the "
-        "basin, the higher. Its ± is the Monte Carlo standard error; with R-hat near 1 the chains "
-        "agree.\n"
+        "basin, the higher. Its ± is the standard error; with R-hat near 1 the chains agree.\n"
     )
     for name, losses in at_checkpoint.items():
         before, after = float(losses.mean()), float(tree[f"loss_{name}"].mean())

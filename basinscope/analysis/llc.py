@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from dask.delayed import delayed
 
-from basinscope.analysis.diagnostics import diagnose_trace
+from basinscope.analysis.diagnostics import SharedBatches, diagnose_trace, error_of_rise
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
@@ -65,8 +65,8 @@ def compute_llc(
         - ``llc_scalar``: from all losses at once
         - ``llc_token (token_pos)``: of each token position, by the same formula
         - ``llc_running (chain, step)``: from the steps up to and including this one
-        - ``llc_mcse``, ``rhat``, ``ess_bulk``: Monte-Carlo standard error of ``llc_mean``, split
-          R-hat and effective sample size; see
+        - ``llc_mcse``, ``rhat``, ``ess_bulk``: standard error of ``llc_mean``, split R-hat and
+          effective sample size; see :func:`basinscope.analysis.diagnostics.error_of_rise` and
           :func:`basinscope.analysis.diagnostics.diagnose_trace`
         - ``llc_{obs}``: nβ (mean loss on an observable - its mean at the checkpoint, or at the
           first draw where the store does not have the former). Named ``llc_{obs}_observable``
@@ -96,7 +96,8 @@ def compute_llc(
     shapes = shapes_of(parts)
     lengths = [shape[1] for shape in shapes]
     computed = delayed(_estimate)(lazy_totals(parts), shapes, opened.init_loss(), opened.n_beta)
-    judged = delayed(_judge)(computed["traces"], opened.n_beta)
+    batches = _shared_batches(opened, row, skipped, max(lengths))
+    judged = delayed(_judge)(computed["traces"], opened.n_beta, batches)
     chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
     variables = {}
     for variable, (dim_names, long_name, units) in _VARIABLES.items():
@@ -126,7 +127,7 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "llc_scalar": ((), "local learning coefficient from all losses at once", "1"),
     "llc_token": (("token_pos",), "local learning coefficient of each token position", "1"),
     "llc_running": (("chain", "row"), "local learning coefficient from the steps so far", "1"),
-    "llc_mcse": ((), "Monte-Carlo standard error of llc_mean", "1"),
+    "llc_mcse": ((), "standard error of llc_mean", "1"),
     "rhat": ((), "split R-hat of the loss traces", "1"),
     "ess_bulk": ((), "effective number of independent steps", "1"),
     "loss_trace": (("chain", "row"), "mean loss of the sampling batches", "nats"),
@@ -156,9 +157,29 @@ def _estimate(
     }
 
 
-def _judge(traces: list[np.ndarray], n_beta: float) -> dict[str, float]:
-    found = diagnose_trace(traces)
-    return {**found, "llc_mcse": n_beta * found["mcse_mean"]}
+def _judge(
+    traces: list[np.ndarray], n_beta: float, batches: SharedBatches | None
+) -> dict[str, float]:
+    return {**diagnose_trace(traces), "llc_mcse": n_beta * error_of_rise(traces, batches)}
+
+
+def _shared_batches(samples: Samples, row: str, first: int, rows: int) -> SharedBatches | None:
+    """Find out from the settings which batches the rows of a trace saw."""
+    sampler = samples.sampler
+    if not sampler.get("match_sampling_input_ids_across_chains", True):
+        return None
+    steps = np.arange(first, first + rows)
+    if row == dims.DRAW:
+        between = int(sampler.get("num_steps_bw_draws", 1))
+        steps = int(sampler.get("num_burnin_steps", 0)) + steps * between
+    dataset = samples.config.get("datasets", {}).get("sampling", {})
+    size = sampler.get("batch_size")
+    return SharedBatches(
+        steps=steps,
+        init_steps=int(sampler.get("num_init_loss_batches", 32)),
+        per_step=int(sampler.get("gradient_accumulation_steps", 1)),
+        per_epoch=dataset["rows"] // size if "rows" in dataset and size else None,
+    )
 
 
 def _stacked(traces: list[np.ndarray]) -> np.ndarray:

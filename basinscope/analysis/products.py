@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
 
-SMALL_PRODUCT = 2**23  # multiplications that one thread does faster than several agree
+SMALL_PRODUCT = 2**23  # multiplications that one thread does before several have agreed
+ONE_THREAD = 2**18  # multiplications for which BLAS wakes no other thread
 
 
 def check_device(device: str | None) -> None:
@@ -49,8 +51,13 @@ def product(
         on_device = [torch.from_numpy(np.ascontiguousarray(m)).to(device) for m in (a, b)]
         out[...] = (on_device[0] @ on_device[1].T).cpu().numpy()
         return out
-    if len(a) * len(b) * a.shape[1] <= SMALL_PRODUCT:
-        return np.einsum("in,jn->ij", a, b, out=out)  # BLAS would wake its threads, and wait
+    work = len(b) * a.shape[1]
+    if 0 < work * len(a) <= SMALL_PRODUCT:  # BLAS would wake its threads, and wait for them
+        most = max(1, ONE_THREAD // work)
+        height = math.gcd(len(a), 1 << (most.bit_length() - 1))
+        stack = a.reshape(-1, height, a.shape[1])
+        np.matmul(stack, b.T, out=out.reshape(-1, height, len(b)))
+        return out
     # NumPy takes a product of a matrix with itself for one triangle that it mirrors entry by
     # entry, which costs more than the other triangle. In halves, both are plain products.
     half = len(a) // 2 if np.may_share_memory(a, b) else 0

@@ -14,6 +14,7 @@ from basinscope.analysis.stores import Part, Samples, chunks_of, cut, files_of
 from basinscope.io.copy import TemporaryCopy
 
 GROUP_BYTES = 2**22  # of float64 traces, of losses in memory, that are averaged together
+FAINT = 1e3  # length of a trace over that of its deviations, from which squares are shifted first
 SLAB_BYTES = 2**20  # of float64 traces that are standardised together
 
 
@@ -304,17 +305,30 @@ def gather_token_means(
         for first in range(0, len(put), together):
             at = put[first : first + together]
             some: Any = slice(first, first + len(at)) if take is None else take[first:][: len(at)]
-            shifted = slab[:, : len(at)]
+            traces = slab[:, : len(at)]
             start = 0
             for own in losses:
-                rows = slice(start, start + len(own))
-                np.subtract(own[:, some], losses[0][0, some], out=shifted[rows], dtype=np.float64)
-                start = rows.stop
-            squares = np.einsum("nst,nst->st", shifted, shifted)
-            mean, scale = _mean_and_scale(shifted.sum(axis=0), squares, samples, covariance)
-            total = np.einsum("nst,st->sn", shifted, scale)
+                traces[start : start + len(own)] = own[:, some]
+                start += len(own)
+            mean, scale = _moments(traces, covariance)
+            total = np.einsum("nst,st->sn", traces, scale)
             means[at] = (total - (mean * scale).sum(axis=1, keepdims=True)) / tokens
     return means
+
+
+def _moments(traces: np.ndarray, covariance: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Give mean and scale of float64 traces (samples, sequences, token_pos)."""
+    samples = len(traces)
+    squares = np.einsum("nst,nst->st", traces, traces)
+    mean, scale = _mean_and_scale(traces.sum(axis=0), squares, samples, covariance)
+    if not covariance:
+        # where the mean is far above the spread, squares lose its digits: shifted, they do not
+        faint = ~(scale * np.sqrt(squares) < FAINT)
+        if faint.any():
+            few = traces[:, faint] - traces[0, faint]
+            squares = np.einsum("nf,nf->f", few, few)
+            _, scale[faint] = _mean_and_scale(few.sum(axis=0), squares, samples, covariance)
+    return mean, scale
 
 
 def mean_over_tokens(traces: np.ndarray, covariance: bool) -> np.ndarray:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import basinscope
-from basinscope.analysis.diagnostics import chain_diagnostics
+from basinscope.analysis.diagnostics import SharedBatches, diagnose_trace, error_of_rise
 from tests.analysis.stores_random import random_tree, write_devinterp_tree, write_tree
 from tests.reference import analysis as reference
 
@@ -101,7 +101,10 @@ def test_llc_of_any_layout(
     losses, init = (tree[name].to_numpy() for name in ("sampling_loss_micro", "init_loss"))
     sampled = (losses[:, burn_in:], init, 10.0)
     per_chain = reference.llc_per_chain(*sampled)
-    judged = chain_diagnostics(got["loss_trace"])  # ranks: another rounding is another R-hat
+    batches = SharedBatches(np.arange(burn_in, steps), 32)
+    judged = diagnose_trace(
+        list(got["loss_trace"].to_numpy())
+    )  # ranks: another rounding is another R-hat
     expected = {
         "loss_trace": reference.loss_trace(sampled[0]),
         "init_loss": init.astype(np.float64).mean(),
@@ -111,7 +114,7 @@ def test_llc_of_any_layout(
         "llc_scalar": reference.llc_scalar(*sampled),
         "llc_token": reference.llc_token(*sampled),
         "llc_running": reference.llc_running(*sampled),
-        "llc_mcse": 10.0 * judged["mcse_mean"].to_numpy(),
+        "llc_mcse": 10.0 * error_of_rise(list(got["loss_trace"].to_numpy()), batches),
         "n_beta": 10.0,
     }
     for name in sizes["observables"]:

@@ -15,7 +15,11 @@ import xarray as xr
 import zarr
 
 import basinscope
-from basinscope.analysis.diagnostics import chain_diagnostics, diagnose_trace
+from basinscope.analysis.diagnostics import (
+    SharedBatches,
+    diagnose_trace,
+    error_of_rise,
+)
 from basinscope.analysis.plan import PlanError
 from basinscope.io.store import SampleStore
 from tests.conftest import token_rows
@@ -66,7 +70,7 @@ def test_every_variable_is_its_formula(store: Path) -> None:
         "llc_token": 12.0 * (losses.mean((0, 1, 2)) - init.mean(0)),
         "llc_running": 12.0 * (trace.cumsum(1) / np.arange(1, 26) - init.mean()),
         "llc_a": 12.0 * (observed.mean() - observed[:, 0].mean()),
-        "llc_mcse": 12.0 * judged["mcse_mean"],
+        "llc_mcse": 12.0 * error_of_rise(list(trace), SharedBatches(np.arange(25), 32, 1, 10)),
         "rhat": judged["rhat"],
         "ess_bulk": judged["ess_bulk"],
     }
@@ -243,21 +247,45 @@ def test_llc_samples_and_computes(tmp_path: Path, store: Path) -> None:
 
 def test_diagnostics_know_good_chains_from_bad() -> None:
     rng = np.random.default_rng(0)
-    good = xr.DataArray(rng.standard_normal((4, 500)), dims=("chain", "step"))
-    found = chain_diagnostics(good)
-    assert abs(float(found["rhat"]) - 1) < 0.01
-    assert 1000 < float(found["ess_bulk"]) < 3000
-    assert 0.02 < float(found["mcse_mean"]) < 0.03  # 1 / sqrt(2000), or a little more
-    apart = good + xr.DataArray([0.0, 0.0, 0.0, 3.0], dims="chain")
-    assert float(chain_diagnostics(apart)["rhat"]) > 1.2
+    good = rng.standard_normal((4, 500))
+    found = diagnose_trace(list(good))
+    assert abs(found["rhat"] - 1) < 0.01
+    assert 1000 < found["ess_bulk"] < 3000
+    assert abs(found["mcse_mean"] - 1 / np.sqrt(2000)) < 0.01
+    apart = good + np.array([[0.0], [0.0], [0.0], [3.0]])
+    assert diagnose_trace(list(apart))["rhat"] > 1.2
 
 
-def test_noise_that_chains_share_does_not_average_out() -> None:
-    rng = np.random.default_rng(1)
-    shared = rng.standard_normal(500) + 0.01 * rng.standard_normal((16, 500))
-    alone = 1 / np.sqrt(500)
-    found = diagnose_trace(list(shared))["mcse_mean"]
-    assert 0.8 * alone < found < 1.25 * alone  # and not a quarter of it
+@pytest.mark.parametrize(
+    ("burn_in", "steps", "init_steps", "per_step", "per_epoch"),
+    [(0, 100, 100, 1, None), (0, 100, 25, 1, None), (40, 100, 32, 2, None), (0, 150, 20, 1, 60)],
+)
+def test_the_error_is_that_of_repeated_runs(
+    burn_in: int, steps: int, init_steps: int, per_step: int, per_epoch: int | None
+) -> None:
+    """200 runs give their spread to 5% (one SE), and the error may be off by a fifth: 4 SE."""
+    rng = np.random.default_rng(2)
+    rows = np.arange(burn_in, steps)
+    batches = SharedBatches(rows, init_steps, per_step, per_epoch)
+    rises, errors = [], []
+    for _ in range(200):
+        losses = 0.5 * rng.standard_normal(per_epoch or steps * per_step)
+        seen = losses[np.arange(steps * per_step) % len(losses)].reshape(steps, per_step).mean(1)
+        own = 0.2 * rng.standard_normal((4, steps))
+        for step in range(1, steps):  # chains that mix slowly
+            own[:, step] += 0.5 * own[:, step - 1]
+        traces = (3 + seen + own)[:, burn_in:]
+        rises.append(traces.mean() - seen[:init_steps].mean())
+        errors.append(error_of_rise(list(traces), batches))
+    assert 0.8 < np.sqrt(np.mean(np.square(errors))) / np.std(rises) < 1.2
+
+
+def test_chains_with_batches_of_their_own_have_the_plain_error() -> None:
+    traces = list(np.random.default_rng(3).standard_normal((4, 200)))
+    plain = diagnose_trace(traces)["mcse_mean"]
+    assert error_of_rise(traces, None) == plain
+    alone = SharedBatches(np.arange(200), 32)
+    assert error_of_rise(traces[:1], alone) == diagnose_trace(traces[:1])["mcse_mean"]
 
 
 def test_analysis_never_imports_torch(store: Path) -> None:
