@@ -12,7 +12,7 @@ from basinscope.analysis.stores import Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
 STACKED = 128  # most rows of a matrix that is multiplied with weights
-WIDE = 16  # most rows of a chunk that are added up side by side
+WIDE = 64  # most rows of a chunk that are added up side by side
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
