@@ -17,6 +17,7 @@ from basinscope.io.stored import StoredArray
 CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its part in float64
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
+SEQUENCES_BYTES = 2**27  # about what one task of susceptibilities streams
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
 COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
@@ -152,8 +153,8 @@ def workers() -> int:
     return int(dask.config.get("num_workers", None) or CPU_COUNT)
 
 
-def plan_means(estimator: str, layouts: Sequence[Layout], times: int = 1) -> Plan:
-    """Plan means that are taken in one pass (or ``times``), chunk by chunk.
+def plan_means(estimator: str, layouts: Sequence[Layout]) -> Plan:
+    """Plan means that are taken in one pass, chunk by chunk.
 
     Parameters
     ----------
@@ -167,7 +168,7 @@ def plan_means(estimator: str, layouts: Sequence[Layout], times: int = 1) -> Pla
     files = sum(
         math.ceil(layout.shape[1] / layout.chunk[1]) for layout in layouts
     )  # at least: shorter chains have files of their own
-    return Plan(estimator, stored, times * stored, peak, results, 0, files, workers(), peak)
+    return Plan(estimator, stored, stored, peak, results, 0, files, workers(), peak)
 
 
 def plan_susceptibilities(
@@ -186,9 +187,10 @@ def plan_susceptibilities(
     """
     means = plan_means("susceptibilities", [*task, *probes])
     tokens = sum(probe.shape[2] * probe.shape[3] for probe in probes)
-    block = max((8 * probe.shape[2] * probe.shape[3] for probe in probes), default=0)
+    widest = (max(at.stop - at.start for at in sequence_blocks(probe)) for probe in probes)
+    block = max(8 * rows * probe.shape[3] for rows, probe in zip(widest, probes, strict=True))
     output = 8 * tokens * restrictions // max(1, restrictions + 1)
-    peak = means.peak_memory + 3 * min(block, TRACES_BLOCK_BYTES) * workers()
+    peak = means.peak_memory + 3 * block * workers()
     return replace(
         means,
         peak_memory=peak,
@@ -197,6 +199,21 @@ def plan_susceptibilities(
         flops=2 * sum(math.prod(probe.shape) for probe in probes),
         tasks=means.tasks * 2,
     )
+
+
+def sequence_blocks(layout: Layout) -> list[slice]:
+    """Cut sequences so that a task streams whole chunks over all draws, about SEQUENCES_BYTES.
+
+    Where chunks hold so many sequences that blocks would decode them again and again, one task
+    takes all.
+    """
+    count = layout.shape[2]
+    per_sequence = max(1, layout.nbytes // count)
+    wanted = max(1, min(SEQUENCES_BYTES // per_sequence, math.ceil(count / workers())))
+    block = math.ceil(wanted / layout.chunk[2]) * layout.chunk[2]
+    blocks = [slice(a, min(a + block, count)) for a in range(0, count, block)]
+    read = sum(layout.bytes_of(np.arange(at.start, at.stop)) for at in blocks)
+    return blocks if read <= AMPLIFIED * layout.nbytes else [slice(0, count)]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -22,13 +21,12 @@ from basinscope.analysis.means import (
     weighted_mean,
 )
 from basinscope.analysis.memory import parse_memory_limit
-from basinscope.analysis.plan import AMPLIFIED, Layout, Plan, plan_susceptibilities, workers
+from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
 from basinscope.analysis.stores import Part, Samples, cut, open_samples, unread
 from basinscope.io.dims import observable_id
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
-BLOCK_BYTES = 2**27  # about what one task reads
 MAY_DIFFER = {  # settings that leave the comparison of two runs fair
     "init_seed", "num_chains", "num_draws", "num_init_loss_batches",
     "save_metrics", "save_sampling_input_ids", "loss_keep_bits", "cores",
@@ -106,7 +104,7 @@ def compute_susceptibilities(
     ids = {obs_id: _lazy_ids(stores, obs_id) for obs_id in probes}
     columns: dict[str, list[da.Array]] = {name: [] for name in restrictions}
     for obs_id in probes:
-        for rows in _row_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
+        for rows in sequence_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
             full_mean = delayed(_mean_losses)(_cut_rows(full, obs_id, rows))
             for name in restrictions:
                 block = delayed(_susceptibility)(
@@ -248,19 +246,6 @@ def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: l
     phi = [trace - at_checkpoint(init_losses).mean() for trace in losses]
     joined, loss = np.concatenate(phi), np.concatenate(losses)
     return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
-
-
-def _row_blocks(layout: Layout) -> list[slice]:
-    """Cut sequences so that a task reads whole chunks, about BLOCK_BYTES of them."""
-    count = layout.shape[2]
-    per_sequence = max(1, layout.nbytes // count)
-    wanted = max(1, min(BLOCK_BYTES // per_sequence, -(-count // workers())))
-    block = -(-wanted // layout.chunk[2]) * layout.chunk[2]
-    bounds = [*range(0, count, block), count]
-    read = sum(layout.bytes_of(np.arange(a, b)) for a, b in pairwise(bounds))
-    if read > AMPLIFIED * layout.nbytes:
-        bounds = [0, count]
-    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def _cut_rows(samples: Samples, obs_id: str, rows: slice) -> list[Part]:
