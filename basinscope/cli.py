@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from basinscope import cli_analysis
 from basinscope.report.console import err, out, readable_errors, short_warnings
@@ -76,7 +77,7 @@ def sample(
             warnings.simplefilter("always", UserWarning)
             tree, path = run_from_file(config, given)
         for warning in caught:
-            err.print(f"[yellow]warning:[/] {warning.message}", soft_wrap=True)
+            err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
         failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
         complete = tree.attrs.get("completed") == 1
         state = "complete" if complete else "not complete yet: other chains are to be sampled"
@@ -99,7 +100,9 @@ def info(store: StorePath) -> None:
 
         tree = open_store(store)
         attributes = tree.attrs
-        out.print(f"[bold]{store}[/]  {attributes.get('created_by', 'written by devinterp')}")
+        out.print(
+            f"[bold]{escape(str(store))}[/]  {attributes.get('created_by', 'written by devinterp')}"
+        )
         config = attributes.get("metadata", {}).get("config", {})
         model = config.get("model")
         if model:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from basinscope.report.console import err, out, readable_errors, short_warnings
 
@@ -74,7 +75,7 @@ def llc(
             found.append({"store": str(store), **llc_figures(estimate)})
             if not as_json:
                 if len(stores) > 1:
-                    out.print(f"[bold]{store}[/]")
+                    out.print(f"[bold]{escape(str(store))}[/]")
                 out.print(llc_table(estimate))
                 out.print(
                     f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
@@ -365,4 +366,4 @@ def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
     for name, plan in plans.items():
         out.print(plan_table(name, plan))
         for note in plan.notes:
-            out.print(note, soft_wrap=True)
+            out.print(escape(note), soft_wrap=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import xarray as xr
 import yaml
 from typer.testing import CliRunner, Result
@@ -14,6 +16,7 @@ from typer.testing import CliRunner, Result
 import basinscope
 from basinscope.cli import CHAIN_FAILED, app
 from basinscope.io.store import SampleStore
+from basinscope.report.console import readable_errors, short_warnings
 from basinscope.sampling.run_file import parse_chains
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
@@ -200,6 +203,16 @@ def test_a_profile_holds_a_page_and_figures(folder: Path) -> None:
     assert summary["gb_per_s"] == pytest.approx(rate, abs=1e-5)
     assert summary["file_bytes"] > 0
     assert "bokeh" in (folder / "profile" / "profile.html").read_text()[:5000].lower()
+
+
+def test_brackets_in_messages_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), readable_errors():
+        raise ModuleNotFoundError("pip install 'basinscope[report]'")
+    with short_warnings():
+        warnings.warn("rows [1, 2] are left out", stacklevel=1)
+    said = capsys.readouterr().err
+    assert "basinscope[report]" in said
+    assert "rows [1, 2]" in said
 
 
 def write_plan(folder: Path, **changes: object) -> Path:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 out = Console()
 err = Console(stderr=True)
@@ -23,7 +24,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        err.print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         err.print("[dim]BASINSCOPE_TRACEBACK=1 shows where this was raised.[/]")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -36,7 +37,7 @@ def short_warnings() -> Iterator[None]:
     """Print warnings without the line of code that raised them."""
 
     def show(message: object, *_: object, **__: object) -> None:
-        err.print(f"[yellow]warning:[/] {message}", soft_wrap=True, highlight=False)
+        err.print(f"[yellow]warning:[/] {escape(str(message))}", soft_wrap=True, highlight=False)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

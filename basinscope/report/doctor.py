@@ -23,7 +23,7 @@ def report(console: Console) -> None:
         import torch
     except ModuleNotFoundError:
         console.print("torch is not installed: stores can be analysed, not sampled.")
-        console.print("To sample: pip install 'basinscope[sampling]'")
+        console.print("To sample: pip install 'basinscope[sampling]'", markup=False)
         return
     console.print(_devices())
     console.print(
