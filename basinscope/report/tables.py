@@ -92,7 +92,9 @@ def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, float]]:
     values = bif["influences"].to_numpy().astype(float)
     rows, columns = bif["batch_1"].to_numpy(), bif["batch_2"].to_numpy()
     strength = np.where(np.isnan(values), -1, np.abs(values))
-    strength[rows[:, None] >= columns[None, :]] = -1  # itself, and the same pair again
+    strength[rows[:, None] == columns[None, :]] = -1  # itself
+    again = np.isin(rows, columns)[:, None] & np.isin(columns, rows)[None, :]
+    strength[again & (rows[:, None] > columns[None, :])] = -1  # the same pair, mirrored
     order = np.argsort(strength, axis=None)[::-1][:count]
     return [
         {"batch_1": int(rows[i]), "batch_2": int(columns[j]), "influence": float(values[i, j])}
