@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,16 +62,16 @@ def llc(
         from basinscope.report.tables import llc_figures, llc_table
 
         options: dict[str, Any] = {"burn_in": burn_in, "allow_incomplete": allow_incomplete}
-        plans = {str(store): plan_of_llc(store, **options) for store in stores}
         if dry_run:
-            _show_plans(plans, as_json)
+            _show_plans({str(s): plan_of_llc(s, **options) for s in stores}, as_json)
             return
         found: list[dict[str, Any]] = []
         estimates: dict[str, xr.Dataset] = {}
         for store in stores:
             lazy = compute_llc(store, memory_limit=memory_limit, **options)
             at = None if profile is None else profile / store.stem if len(stores) > 1 else profile
-            estimate = _computed(lazy.compute, plans[str(store)], at)
+            plan = partial(plan_of_llc, store, **options)
+            estimate = _computed(lazy.compute, plan, at)
             estimates[store.stem] = estimate
             found.append({"store": str(store), **llc_figures(estimate)})
             if not as_json:
@@ -149,9 +150,9 @@ def bif(
             "allow_incomplete": allow_incomplete,
             "memory_limit": memory_limit,
         }
-        plan = plan_bif(store, **options)
+        plan = partial(plan_bif, store, **options)
         if dry_run:
-            _show_plans({str(store): plan}, as_json)
+            _show_plans({str(store): plan()}, as_json)
             return
         between_tokens = method == "token" and not average and top_k is None
         if between_tokens and output is None:
@@ -159,23 +160,18 @@ def bif(
                 "influence between all tokens has four dimensions: write it with --out, or ask "
                 "for --top-k K or --average"
             )
-        lazy = compute_bif(store, **options) if output is None else None
-        result = _computed(
-            lambda: (
-                lazy.compute()
-                if lazy is not None
-                else compute_bif(store, output_path=output, **options)
-            ),
-            plan,
-            profile,
-        )
+
+        def work() -> xr.Dataset:
+            found = compute_bif(store, output_path=output, **options)
+            return found if between_tokens else found.compute()
+
+        result = _computed(work, plan, profile)
         if output is not None:
             _say_written(output, as_json)
         if between_tokens:
             if as_json:
                 print(json.dumps({"output": str(output), "shape": result["influences"].shape}))
             return
-        result = result.compute()
         if top_k is None:
             pairs = influence_pairs(result, 10)
             print(json.dumps(pairs)) if as_json else out.print(influence_table(pairs))
@@ -226,23 +222,19 @@ def susceptibilities(
             "allow_incomplete": allow_incomplete,
             "memory_limit": memory_limit,
         }
-        plan = plan_of_susceptibilities(restrictions, task, **options)
+        plan = partial(plan_of_susceptibilities, restrictions, task, **options)
         if dry_run:
-            _show_plans({f"{len(restrictions)} stores": plan}, as_json)
+            _show_plans({f"{len(restrictions)} stores": plan()}, as_json)
             return
-        lazy = compute_susceptibilities(restrictions, task, **options) if output is None else None
-        result = _computed(
-            lambda: (
-                lazy.compute()
-                if lazy is not None
-                else compute_susceptibilities(restrictions, task, output_path=output, **options)
-            ),
-            plan,
-            profile,
-        )
+
+        def work() -> xr.DataTree:
+            found = compute_susceptibilities(restrictions, task, output_path=output, **options)
+            return found.compute()
+
+        result = _computed(work, plan, profile)
         if output is not None:
             _say_written(output, as_json)
-        figures = susceptibility_figures(result.compute())
+        figures = susceptibility_figures(result)
         print(json.dumps(figures)) if as_json else out.print(susceptibility_table(figures))
 
 
@@ -325,8 +317,8 @@ def _running_on(threads: int | None, scheduler: str | None) -> Iterator[None]:
         yield
 
 
-def _computed(work: Callable[[], Any], plan: Plan, profile: Path | None) -> Any:
-    """Compute with a progress bar, profiled if asked."""
+def _computed(work: Callable[[], Any], plan: Callable[[], Plan], profile: Path | None) -> Any:
+    """Compute with a progress bar, profiled against its plan if asked."""
     from basinscope.io.results import progress_bar
 
     if profile is None:
@@ -334,7 +326,7 @@ def _computed(work: Callable[[], Any], plan: Plan, profile: Path | None) -> Any:
             return work()
     from basinscope.report.profile import profiled
 
-    with profiled(profile, plan) as summary, progress_bar():
+    with profiled(profile, plan()) as summary, progress_bar():
         result = work()
     err.print(
         f"{summary['seconds']:.2f} s, {summary['gb_per_s']:.2f} GB/s of losses, "

@@ -12,11 +12,10 @@ import numpy as np
 import xarray as xr
 from dask.delayed import Delayed, delayed
 
-from basinscope.analysis.llc import choose_observables
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Blocks, Influence, Plan, plan_influence
 from basinscope.analysis.products import check_device, product
-from basinscope.analysis.stores import Samples, open_samples, unread
+from basinscope.analysis.stores import Samples, choose_observables, open_samples, unread
 from basinscope.analysis.top_k import Partners, best_partners, merge_partners, query_traces
 from basinscope.analysis.traces import (
     Traces,
@@ -216,9 +215,9 @@ class BifOptions:
         for name in ("batch_index_range_1", "batch_index_range_2", "queries"):
             if not _is_all(fields[name]):
                 fields[name] = digest(_as_array(fields[name]))
-        return fields | {
-            "loss_keys": fields["loss_keys"] if _is_all(self.loss_keys) else list(self.loss_keys)
-        }
+        if not isinstance(self.loss_keys, str):
+            fields["loss_keys"] = list(self.loss_keys)
+        return fields
 
 
 class _Problem:
@@ -418,13 +417,11 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> xr.Dataset:
             )
             for block in _cuts(len(problem.rows_2), blocks.output)
         ]  # fmt: skip
-        while len(parts) > 1 or not found:
+        while len(parts) > 1:
             parts = [
                 delayed(merge_partners)(parts[i : i + MERGED_AT_ONCE], k)
                 for i in range(0, len(parts), MERGED_AT_ONCE)
             ]
-            if len(parts) == 1:
-                break
         found.append(parts[0])
     sizes = [at.stop - at.start for at in _cuts(len(sequences), blocks.queries)]
     fields = [

@@ -21,7 +21,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
-from basinscope.analysis.stores import Samples, cut, open_samples, unread
+from basinscope.analysis.stores import Samples, choose_observables, cut, open_samples, unread
 from basinscope.io import dims
 
 
@@ -207,26 +207,6 @@ def plan_llc(samples: Samples, observables: Sequence[str]) -> Plan:
     """Plan :func:`compute_llc`, every variable of it."""
     names = [sampled_losses(samples), *(f"loss_{obs_id}" for obs_id in observables)]
     return plan_means("the LLC", [Layout.of(samples.losses(name)) for name in names])
-
-
-def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str]) -> list[str]:
-    """Check names of observables against a store; "all" gives them sorted.
-
-    Raises
-    ------
-    ValueError
-        Naming those that the store does not have, and those that it has.
-    """
-    known = samples.observables
-    if isinstance(wanted, str):
-        wanted = sorted(known) if wanted == "all" else [wanted]
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise ValueError(
-            f"{samples.name} has no observable {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(sorted(known)) or 'none'}"
-        )
-    return list(wanted)
 
 
 def sampled_losses(samples: Samples) -> str:

@@ -305,7 +305,7 @@ class Influence:
         """The same problem on a temporary copy of the losses."""
         layouts = []
         for layout in self.layouts:
-            _, rows, batch, tokens = (layout.shape[0], layout.chunk[1], *layout.shape[2:])
+            rows, (batch, tokens) = layout.chunk[1], layout.shape[2:]
             block = chunk_sequences(rows, batch, tokens, layout.itemsize)
             layouts.append(replace(layout, chunk=(1, rows, block, tokens)))
         return replace(self, layouts=tuple(layouts))

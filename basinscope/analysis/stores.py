@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -24,8 +24,9 @@ from basinscope.io.store import (
     records_of,
     require_store,
     stored_array,
+    stored_at,
 )
-from basinscope.io.stored import StoredArray, open_stored
+from basinscope.io.stored import StoredArray
 
 Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
@@ -114,7 +115,7 @@ class Samples:
         if self.path is None:
             stored = stored_array(self.dataset[name])
         else:
-            stored = open_stored(self.path / name)
+            stored = stored_at(self.path, self.dataset[name])
         return stored.written() if stored is not None and self.recorded else stored
 
     def identity(self, names: Sequence[str]) -> dict[str, Any]:
@@ -260,6 +261,26 @@ def _require_completed(dataset: xr.Dataset, name: str) -> None:
             f"{name} was not completed, and keeps no record of which draws were written (devinterp "
             "writes none), so missing ones cannot be told from NaN: sample it again"
         )
+
+
+def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str]) -> list[str]:
+    """Check names of observables against a store; "all" gives them sorted.
+
+    Raises
+    ------
+    ValueError
+        Naming those that the store does not have, and those that it has.
+    """
+    known = samples.observables
+    if isinstance(wanted, str):
+        wanted = sorted(known) if wanted == "all" else [wanted]
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ValueError(
+            f"{samples.name} has no observable {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(sorted(known)) or 'none'}"
+        )
+    return list(wanted)
 
 
 def unread(variable: xr.DataArray) -> da.Array | np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 from dask.delayed import Delayed, delayed
 
-from basinscope.analysis.llc import choose_observables
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
@@ -22,7 +21,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
-from basinscope.analysis.stores import Part, Samples, cut, open_samples, unread
+from basinscope.analysis.stores import Part, Samples, choose_observables, cut, open_samples, unread
 from basinscope.io.dims import observable_id
 from basinscope.io.results import write_result
 

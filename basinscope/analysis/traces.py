@@ -137,7 +137,7 @@ def _groups(local: np.ndarray, extent: int) -> Iterator[np.ndarray]:
     """Split wanted sequences so that each group is read at once: a run, or a chunk's worth."""
     if not len(local):
         return
-    if np.array_equal(local, np.arange(local[0], local[0] + len(local))):
+    if _is_run(local):
         yield np.arange(len(local))
         return
     columns = local // extent
@@ -245,10 +245,12 @@ def _resolve(found: Any, copy: TemporaryCopy | None) -> Any:
 
 def _as_slice(places: np.ndarray) -> Any:
     """Make a run of places a slice, which is copied to faster."""
-    is_run = (
-        len(places) and places[-1] - places[0] == len(places) - 1 and np.all(np.diff(places) == 1)
-    )
-    return slice(int(places[0]), int(places[-1]) + 1) if is_run else places
+    return slice(int(places[0]), int(places[-1]) + 1) if _is_run(places) else places
+
+
+def _is_run(numbers: np.ndarray) -> bool:
+    """Whether each number is the one before it plus one."""
+    return len(numbers) > 0 and np.array_equal(numbers, numbers[0] + np.arange(len(numbers)))
 
 
 def standardise(traces: np.ndarray, covariance: bool) -> np.ndarray:

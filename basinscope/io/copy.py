@@ -18,8 +18,30 @@ from basinscope.io.stored import StoredArray, open_stored
 CHUNK_BYTES = 2**19
 
 
-class TemporaryCopy:
-    """A directory of arrays that goes when the process that made it no longer needs it.
+class Copy:
+    """Arrays in a directory, which goes when the :class:`TemporaryCopy` that made it does.
+
+    Parameters
+    ----------
+    path : str
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def write(self, name: str, losses: np.ndarray) -> None:
+        """Write (1, rows, batch, token_pos) as an array of its own."""
+        _write(Path(self.path) / name, losses)
+
+    def open(self, name: str) -> StoredArray:
+        """Open what :meth:`write` wrote."""
+        stored = open_stored(Path(self.path) / name)
+        assert stored is not None
+        return stored.written()
+
+
+class TemporaryCopy(Copy):
+    """A copy whose directory goes when the process that made it no longer needs it.
 
     It lies where Dask spills, ``dask.config`` ``temporary-directory``, or else in the system's
     directory for temporary files. Other processes get the path; only the maker removes it.
@@ -43,32 +65,11 @@ class TemporaryCopy:
                 f"a temporary copy takes {nbytes:,} bytes and {parent} has {free:,}: choose "
                 "another place with dask.config.set({'temporary-directory': ...})"
             )
-        self.path = tempfile.mkdtemp(prefix="basinscope-copy-", dir=parent)
+        super().__init__(tempfile.mkdtemp(prefix="basinscope-copy-", dir=parent))
         self._remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _CopyElsewhere, (self.path,)
-
-    def write(self, name: str, losses: np.ndarray) -> None:
-        """Write (1, rows, batch, token_pos) as an array of its own."""
-        _write(Path(self.path) / name, losses)
-
-    def open(self, name: str) -> StoredArray:
-        """Open what :meth:`write` wrote."""
-        return _open(Path(self.path) / name)
-
-
-class _CopyElsewhere:
-    """The same copy, in a process that does not own it."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def write(self, name: str, losses: np.ndarray) -> None:
-        _write(Path(self.path) / name, losses)
-
-    def open(self, name: str) -> StoredArray:
-        return _open(Path(self.path) / name)
+        return Copy, (self.path,)
 
 
 def chunk_sequences(rows: int, batch: int, tokens: int, itemsize: int) -> int:
@@ -92,9 +93,3 @@ def _write(path: Path, losses: np.ndarray) -> None:
         config={"write_empty_chunks": True},
     )
     array[...] = losses
-
-
-def _open(path: Path) -> StoredArray:
-    stored = open_stored(path)
-    assert stored is not None
-    return stored.written()

@@ -95,9 +95,7 @@ def read_store(path: Path) -> xr.DataTree:
     read_in_parts = {
         name: variable.copy(data=_dask_array(stored))
         for name, variable in dataset.data_vars.items()
-        if not SCALED & variable.encoding.keys()
-        and (stored := open_stored(path / str(name)))
-        and stored.dtype == variable.dtype
+        if (stored := stored_at(path, variable))
     }
     dataset = dataset.assign(read_in_parts)
     if "chains" in tree.children:  # numbered, so that a selection still knows its records
@@ -127,6 +125,17 @@ def _dask_array(stored: StoredArray) -> da.Array:
         stored, chunks=stored.file_shape, name=f"{Path(stored.path).name}-{uuid.uuid4().hex}",
         asarray=True, fancy=False, meta=np.empty((0,) * stored.ndim, stored.dtype),
     )  # fmt: skip
+
+
+def stored_at(path: Path, variable: xr.DataArray) -> StoredArray | None:
+    """Open a variable of the store at ``path`` for reading in parts.
+
+    None where its values are not what is stored, or where only zarr-python can read it.
+    """
+    if SCALED & variable.encoding.keys():
+        return None
+    stored = open_stored(path / str(variable.name))
+    return stored if stored is not None and stored.dtype == variable.dtype else None
 
 
 def stored_array(variable: xr.DataArray) -> StoredArray | None:
@@ -180,10 +189,13 @@ def records_of(path: Path) -> dict[int, dict[str, Any]]:
     if not groups.is_dir():
         return {}
     chains = sorted(int(group.name) for group in groups.iterdir() if group.name.isdigit())
-    return {
-        chain: json.loads((groups / str(chain) / "zarr.json").read_text())["attributes"]
-        for chain in chains
-    }
+    return {chain: _record_of(path, chain) for chain in chains}
+
+
+def _record_of(path: Path, chain: int) -> dict[str, Any]:
+    group = json.loads((path / "chains" / str(chain) / "zarr.json").read_text())
+    record: dict[str, Any] = group["attributes"]
+    return record
 
 
 def chain_records(tree: xr.DataTree) -> dict[int, dict[str, Any]]:
@@ -276,11 +288,11 @@ class SampleStore:
 
     def record(self, chain: int) -> dict[str, Any]:
         """Read one chain's record from disk."""
-        return dict(zarr.open_group(self.path / "chains" / str(chain), mode="r").attrs)
+        return _record_of(self.path, chain)
 
     def records(self) -> dict[int, dict[str, Any]]:
         """Read all chains' records from disk."""
-        return {chain: self.record(chain) for chain in range(self.num_chains)}
+        return records_of(self.path)
 
     def update_record(self, chain: int, **fields: Any) -> None:
         """Replace some fields of one chain's record, atomically."""
