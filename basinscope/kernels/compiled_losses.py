@@ -54,21 +54,25 @@ def token_losses(
 @jit
 def token_gradients(
     first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
-    storage: Any, half: Any, targets: Any, lse: Any, upstream: Any, gradient: int,
+    storage: Any, half: Any, targets: Any, lse: Any, upstream: Any,
+    gradient: int, gradient_strides: Any,
 ) -> None:  # fmt: skip
-    """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``, to contiguous memory."""
-    scratch = np.empty((2, vocabulary), np.float32)
+    """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``; may replace the logits."""
+    scratch = np.empty(vocabulary, np.float32)
     for row in range(first, last):
-        start = row // inner * strides[0] + row % inner * strides[1]
-        x = read(logits, start, vocabulary, storage, half, scratch[0])
-        out = view(gradient, row * vocabulary, vocabulary, storage)
+        a, b = row // inner, row % inner
+        x = read(logits, a * strides[0] + b * strides[1], vocabulary, storage, half, scratch)
+        start = a * gradient_strides[0] + b * gradient_strides[1]
+        out = view(gradient, start, vocabulary, storage)
         if half is None:
-            _scaled_exponentials(x, lse[row], upstream[row], out)
+            if x.ctypes.data != out.ctypes.data:
+                out[:] = x
+            _to_scaled_exponentials(out, lse[row], upstream[row])
             out[targets[row]] -= upstream[row]
         else:
-            _scaled_exponentials(x, lse[row], upstream[row], scratch[1])
-            scratch[1][targets[row]] -= upstream[row]
-            narrow(scratch[1], out, half)
+            _to_scaled_exponentials(x, lse[row], upstream[row])
+            x[targets[row]] -= upstream[row]
+            narrow(x, out, half)
 
 
 @numba.njit(**OPTIONS)
@@ -95,9 +99,10 @@ def _sum_of_exponentials(x: Any, top: Any) -> Any:
 
 
 @numba.njit(**OPTIONS)
-def _scaled_exponentials(x: Any, lse: Any, factor: Any, out: Any) -> None:
+def _to_scaled_exponentials(x: Any, lse: Any, factor: Any) -> None:
+    """In place: a second array would have to be proven disjoint before the loop vectorises."""
     for i in range(np.uint64(x.size)):
-        out[i] = _exp(x[i] - lse) * factor
+        x[i] = _exp(x[i] - lse) * factor
 
 
 @numba.njit(forceinline=True, **OPTIONS)

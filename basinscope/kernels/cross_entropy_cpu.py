@@ -24,10 +24,11 @@ def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, lse
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient (softmax - one hot) * upstream, of the logits' shape and dtype."""
+def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
     used = _in_range(rows)
-    gradient = torch.empty(used.shape, dtype=used.dtype)
+    direct = out.dtype == used.dtype
+    gradient = out if direct else torch.empty_like(used)
     _for_rows(
         compiled_losses.token_gradients,
         used,
@@ -35,8 +36,10 @@ def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Te
         lse.numpy(),
         upstream.numpy(),
         gradient.data_ptr(),
+        np.array(gradient.stride(), dtype=np.int64),
     )
-    return gradient.to(rows.dtype)
+    if not direct:
+        out.copy_(gradient)
 
 
 def _for_rows(kernel: Any, rows: Tensor, targets: Tensor, *results: Any) -> None:

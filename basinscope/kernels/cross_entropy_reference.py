@@ -16,9 +16,9 @@ def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, top.squeeze(-1) + log_total
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient (softmax - one hot) * upstream, of the logits' shape and dtype."""
+def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
     gradient = (rows.to(torch.float32).flatten(0, 1) - lse[:, None]).exp_()
     gradient.mul_(upstream[:, None])
     gradient.scatter_add_(-1, targets[:, None], -upstream[:, None])
-    return gradient.to(rows.dtype).view(rows.shape)
+    out.copy_(gradient.view(rows.shape))

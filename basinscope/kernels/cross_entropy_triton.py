@@ -25,18 +25,15 @@ def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, lse
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
-    """Gradient (softmax - one hot) * upstream, of the logits' shape and dtype."""
-    gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
     if lse.numel():
         _, inner, vocabulary = rows.shape
-        outer_stride, inner_stride, _ = rows.stride()
         with torch.cuda.device_of(rows):
             gradient_kernel[(lse.numel(),)](
-                rows, outer_stride, inner_stride, inner, vocabulary, targets, lse, upstream,
-                gradient, **_shape_of_program(vocabulary),
+                rows, *rows.stride()[:2], out, *out.stride()[:2], inner, vocabulary, targets, lse,
+                upstream, **_shape_of_program(vocabulary),
             )  # fmt: skip
-    return gradient
 
 
 def _shape_of_program(vocabulary: int) -> dict[str, int]:
@@ -56,15 +53,17 @@ def loss_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, vocabulary, BLOCK):
         x = tl.load(row + start + lanes, mask=start + lanes < vocabulary, other=float("-inf"))
         x = x.to(tl.float32)
-        # a lane that saw only -inf so far is shifted by zero, so that its sum stays zero; a NaN
-        # wins no comparison and enters through the sum
-        higher = tl.where(x > top, x, top)
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - shift) + tl.exp(x - shift)
-        top = higher
+        # one exponential per logit: of x and top, the smaller is counted in units of the larger;
+        # a lane that saw only -inf so far has a sum of zero, and a NaN enters through the sum
+        ratio = tl.exp(-tl.abs(x - tl.where(top == float("-inf"), 0.0, top)))
+        higher = x > top
+        total = tl.where(higher, total * ratio + 1.0, total + ratio)
+        top = tl.where(higher, x, top)
     peak = tl.max(top, axis=0)
     log_total = tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
-    target = tl.load(row + tl.load(targets + token)).to(tl.float32)
+    wanted = tl.load(targets + token)
+    known = (wanted >= 0) & (wanted < vocabulary)
+    target = tl.load(row + wanted, mask=known, other=float("nan")).to(tl.float32)
     tl.store(loss + token, log_total - (target - peak))
     tl.store(lse + token, peak + log_total)
 
@@ -74,17 +73,21 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     logits,
     outer_stride,
     inner_stride,
+    gradient,
+    gradient_outer_stride,
+    gradient_inner_stride,
     inner,
     vocabulary,
     targets,
     lse,
     upstream,
-    gradient,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    row = logits + (token // inner) * outer_stride + (token % inner) * inner_stride
-    out = gradient + token * vocabulary
+    a = token // inner
+    b = token % inner
+    row = logits + a * outer_stride + b * inner_stride
+    out = gradient + a * gradient_outer_stride + b * gradient_inner_stride
     target = tl.load(targets + token)
     scale = tl.load(upstream + token)
     level = tl.load(lse + token)

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.io.schema import ArraySpec, sampling_arrays
-from basinscope.kernels.cross_entropy import token_cross_entropy
-from basinscope.models.forward import max_sequence_length, token_logits, vocabulary_size
+from basinscope.models.forward import max_sequence_length, vocabulary_size
+from basinscope.models.head import LinearHead
 from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
+from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import Observable, read_observables
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
@@ -39,6 +41,8 @@ class SamplingJob:
         The rows of the sampling data set that some chain uses, each once.
     pool_rows : ndarray (row,)
         Their numbers in the data set, ascending.
+    head : LinearHead or None
+        The model's head, if the loss can be taken without all logits in memory.
     """
 
     model: nn.Module
@@ -50,6 +54,7 @@ class SamplingJob:
     pool: Tensor
     pool_rows: np.ndarray
     observables: list[Observable]
+    head: LinearHead | None = None
 
     @property
     def sequence_length(self) -> int:
@@ -57,8 +62,8 @@ class SamplingJob:
 
     @property
     def loss(self) -> LossFn:
-        """The caller's loss, or next-token cross-entropy on the model's logits."""
-        return self.loss_fn or next_token_loss
+        """The caller's loss, or next-token cross-entropy."""
+        return self.loss_fn or partial(next_token_loss, head=self.head)
 
     def batch_rows(self, chain: int) -> np.ndarray:
         """Data set rows of every batch of one epoch in a chain's order, (batches, batch_size)."""
@@ -116,11 +121,6 @@ class SamplingJob:
                 },
             },
         }
-
-
-def next_token_loss(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """Cross-entropy of each next token, (batch, token - 1), float32 nats."""
-    return token_cross_entropy(token_logits(model, input_ids)[:, :-1], input_ids[:, 1:])
 
 
 def prepare_job(

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +33,7 @@ from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.init_loss import init_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
 from basinscope.sampling.job import SamplingJob, moved_elements, prepare_job
+from basinscope.sampling.losses import head_or_none
 from basinscope.sampling.progress import show_progress
 from basinscope.sampling.workers import run_in_workers
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("basinscope")
 
 COPIES_BYTES = 64 * 2**20  # largest model that several chains get copies of by themselves
+HEAD_TOKENS = 16  # of one sequence, with which a model's head is looked for
 TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
 
 
@@ -262,6 +265,9 @@ def sample(
 
     working = working_copy(job)
     with stop_on_signals() as stop, torch.random.fork_rng(devices=cuda_devices(job.device)):
+        if loss_fn is None:
+            few = job.token_ids(job.batch_rows(0)[0][:1])[:, :HEAD_TOKENS]
+            job = replace(job, head=head_or_none(working, few))
         _check_loss(job, working)
         if is_store(path):
             store = SampleStore(path)
@@ -395,6 +401,7 @@ def _attributes(job: SamplingJob, settings: dict[str, Any]) -> dict[str, Any]:
         **provenance(),
         "torch": torch.__version__,
         "device": str(job.device),
+        "loss": "loss_fn" if job.loss_fn else ("linear head" if job.head else "logits"),
     }
     if config.save_metrics:
         attributes["metrics_numel"] = moved_elements(job.model, job.masks)

@@ -1,0 +1,191 @@
+"""A model's head, taken apart: hidden states, a linear map, and what follows it.
+
+What follows the linear map is found by putting numbers in its place and looking at what the model
+makes of them, so no table of architectures is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.forward import is_hugging_face, token_logits
+
+
+class NoLinearHeadError(ValueError):
+    """The model's logits are not a linear map of hidden states that can be reached."""
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """Logits are cap tanh(scale (h W^T + b) / cap), or scale (h W^T + b) without a cap.
+
+    Attributes
+    ----------
+    module : str
+        Name of the ``nn.Linear`` in the model that holds W (vocabulary, width) and b.
+    scale : float
+    softcap : float or None
+    """
+
+    module: str
+    scale: float
+    softcap: float | None
+
+
+@torch.no_grad()
+def find_linear_head(model: nn.Module, input_ids: Tensor) -> LinearHead:
+    """Find the linear map that makes a Hugging Face model's logits, and what is done to them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    input_ids : Tensor (batch, token)
+        A small batch to try it on.
+
+    Returns
+    -------
+    LinearHead
+
+    Raises
+    ------
+    NoLinearHeadError
+        With the reason, if there is no such map.
+    """
+    module = _output_embeddings(model)
+    name = next(name for name, found in model.named_modules() if found is module)
+    return LinearHead(name, *_what_follows(model, module, input_ids))
+
+
+def hidden_states(model: nn.Module, head: LinearHead, input_ids: Tensor) -> Tensor:
+    """Run a model up to its head.
+
+    Returns
+    -------
+    Tensor (batch, token, width)
+        What the head's linear map would have been given.
+    """
+    reached: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        reached.append(hidden)
+        return hidden
+
+    with _replaced(linear_of(model, head), keep):
+        token_logits(model, input_ids)
+    return reached[0]
+
+
+def linear_of(model: nn.Module, head: LinearHead) -> nn.Linear:
+    """The module that holds a head's weight and bias."""
+    module = model.get_submodule(head.module)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _output_embeddings(model: nn.Module) -> nn.Linear:
+    if not is_hugging_face(model):
+        raise NoLinearHeadError(f"{type(model).__name__} is no Hugging Face model")
+    module: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if module is None:
+        raise NoLinearHeadError(f"{type(model).__name__} names no output embeddings")
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise NoLinearHeadError(f"its head is a {type(module).__name__}, not an nn.Linear")
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise NoLinearHeadError("its head has hooks")
+    return module
+
+
+def _what_follows(
+    model: nn.Module, module: nn.Linear, input_ids: Tensor
+) -> tuple[float, float | None]:
+    """Find scale and soft cap from what the model makes of given numbers."""
+    vocabulary = module.weight.shape[0]
+    given: list[Tensor] = []
+
+    def answer(hidden: Tensor) -> Tensor:
+        if hidden.shape[:-1] != input_ids.shape or hidden.shape[-1] != module.weight.shape[1]:
+            raise NoLinearHeadError(
+                f"its head is given {tuple(hidden.shape)} for ids of shape {tuple(input_ids.shape)}"
+            )
+        given.append(_ramp((*input_ids.shape, vocabulary), hidden))
+        return given[-1].clone()
+
+    try:
+        with _replaced(module, answer):
+            made = token_logits(model, input_ids)
+    except NoLinearHeadError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NoLinearHeadError(f"it fails with a head replaced ({reason})") from error
+    if len(given) != 1:
+        raise NoLinearHeadError(f"its head runs {len(given)} times per forward pass")
+    if made.shape != given[0].shape:
+        raise NoLinearHeadError(f"its logits have shape {tuple(made.shape)}, its head's output not")
+    scale, softcap = _scale_and_cap(given[0].double(), made.double(), _tolerance(made))
+    if (scale, softcap) != (1.0, None) and made.dtype in (torch.bfloat16, torch.float16):
+        raise NoLinearHeadError(f"its logits are scaled or capped in {made.dtype}")
+    return scale, softcap
+
+
+def _ramp(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Numbers of both signs from 1/8 to 8192, no two neighbours alike, exact in 16 bits."""
+    count = 1
+    for size in shape:
+        count *= size
+    step = torch.arange(count, device=like.device)
+    sign = 1 - 2 * ((step * 5 // 3) % 2)
+    exponent = (step * 7) % 17 - 3
+    mantissa = 1 + ((step * 11) % 8) / 16
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return (sign * mantissa * torch.exp2(exponent.float())).to(dtype).view(shape)
+
+
+def _scale_and_cap(given: Tensor, made: Tensor, tolerance: float) -> tuple[float, float | None]:
+    largest = given.abs().argmax()
+    smallest = given.abs().argmin()
+    scale = float(made.flatten()[smallest] / given.flatten()[smallest])
+    straight = float(made.flatten()[largest] / given.flatten()[largest])
+    if _agree(made, straight * given, tolerance):
+        return _rounded(straight), None
+    cap = float(made.flatten()[largest].abs())
+    for _ in range(3):  # the slope at zero, for what the cap already bends there
+        bent = float(cap * torch.tanh(scale * given.flatten()[smallest] / cap))
+        scale *= float(made.flatten()[smallest]) / bent if bent else 1.0
+    scale, cap = _rounded(scale), _rounded(cap)
+    if cap > 0 and _agree(made, cap * torch.tanh(scale * given / cap), 4 * tolerance):
+        return scale, cap
+    raise NoLinearHeadError("its logits are no scaled or soft-capped output of its head")
+
+
+def _agree(made: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return bool(torch.allclose(made, expected, rtol=tolerance, atol=0.0))
+
+
+def _tolerance(made: Tensor) -> float:
+    return 4 * max(torch.finfo(made.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _rounded(value: float) -> float:
+    """The number that a configuration file would hold, where it is as good as the one found."""
+    for digits in range(1, 8):
+        short = float(f"{value:.{digits}g}")
+        if abs(short - value) <= 1e-6 * abs(value):
+            return short
+    return value
+
+
+@contextmanager
+def _replaced(module: nn.Linear, forward: Any) -> Iterator[None]:
+    """Let a module do something else for a while."""
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # falls back to its class's
