@@ -20,6 +20,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, overload
 
+from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.polynomials import COS, LOG, MINUS_TWO_LN_TWO, SIN, SQRT_HALF_BITS
 
 INLINED = {"polynomials.py": "446885596c2a7d56"}
@@ -63,12 +64,13 @@ def langevin_blocks(
     last: int,
     tensor_of: Any,
     start_of: Any,
+    bits_of: Any,
+    bits: Any,
     sizes: Any,
     streams: Any,
     weights: Any,
     gradients: Any,
     anchors: Any,
-    masks: Any,
     squares: Any,
     storage: Any,
     half: Any,
@@ -76,23 +78,27 @@ def langevin_blocks(
     key1: int,
     step: int,
     chain: int,
+    stochastic: Any,
     constants: Any,
     sums: Any,
 ) -> None:
     """Update blocks ``first`` to ``last - 1`` in place.
 
-    `tensor_of`, `start_of` (one entry per block) say which elements a block is; `sizes`,
-    `streams` (parameter index) and the five address arrays have one entry per tensor. A zero
-    address means: no gradient (leave the tensor alone), no anchor, no mask. `squares` is None
-    without RMSprop. `storage` is a scalar of the stored type, with `half` None; for the 16-bit
-    types it is a uint16 and `half` 0 for bfloat16, 1 for float16. `constants` has the type of the
-    arithmetic. `sums` (blocks, 9) receives the raw sums of the metrics, or is None.
+    `tensor_of`, `start_of`, `bits_of` (one entry per block) say which elements a block is and
+    where in `bits` its mask is, see ``pointers.Blocks``; `sizes`, `streams` (parameter index) and
+    the four address arrays have one entry per tensor. A zero address means: no gradient (leave the
+    tensor alone), no anchor. `squares` is None without RMSprop. `storage` is a scalar of the stored
+    type, with `half` None; for the 16-bit types it is a uint16 and `half` 0 for bfloat16, 1 for
+    float16. `stochastic` is True where bfloat16 is rounded at random, else None. `constants` has
+    the type of the arithmetic. `sums` (blocks, 9) receives the raw sums of the metrics, or is None.
     """
     gradient_factor, decay_factor, pull_factor, noise_factor, box, alpha, eps = constants
     noise = np.zeros(BLOCK, np.float32)
     zeros = np.zeros(BLOCK, constants.dtype)
     gain = np.empty(BLOCK, constants.dtype)
     scratch = np.empty((3, BLOCK), constants.dtype)
+    mask = np.empty(BLOCK, np.uint8)
+    words = np.empty(BLOCK, np.uint32)
     for block in range(first, last):
         t = tensor_of[block]
         if gradients[t] == 0:
@@ -109,8 +115,8 @@ def langevin_blocks(
         if squares is not None:
             _precondition(view(squares[t], start, count, constants[0]), g, gain, alpha, eps)
         h = _unless_none(squares, gain)
-        if masks[t] != 0:
-            mask = view(masks[t], start, count, np.uint8(0))
+        if bits_of[block] >= 0:
+            _unpack(bits[bits_of[block] :], mask)
             if sums is not None:
                 _measure(w, g, w0, mask, h, noise, decay_factor, pull_factor, sums[block])
             _move(
@@ -125,7 +131,13 @@ def langevin_blocks(
                 gradient_factor, decay_factor, pull_factor, noise_factor, box,
             )  # fmt: skip
         if half is not None:
-            narrow(w, view(weights[t], start, count, storage), half)
+            out = view(weights[t], start, count, storage)
+            if stochastic is not None:
+                rounding = chain | ROUNDING << 24
+                _words(words, (count + 3) // 4, start // 4, streams[t], step, rounding, key0, key1)
+                _narrow_at_random(w, words, out)
+            else:
+                narrow(w, out, half)
 
 
 @jit
@@ -146,7 +158,7 @@ def _move(
     w: Any, g: Any, w0: Any, mask: Any, gain: Any, noise: Any,
     gradient_factor: Any, decay_factor: Any, pull_factor: Any, noise_factor: Any, box: Any,
 ) -> None:  # fmt: skip
-    """w <- clamp(w + M [G drift + sqrt(G) noise]), the factors carrying signs and step size."""
+    """w <- clamp(w + G drift + sqrt(G) noise) where M, factors carrying signs and step size."""
     for i in range(np.uint64(w.size)):
         x = w[i]
         a = w0[i]
@@ -155,12 +167,13 @@ def _move(
             moved = x + (drift + noise_factor * noise[i])
         else:
             moved = x + (gain[i] * drift + np.sqrt(gain[i]) * (noise_factor * noise[i]))
-        if mask is not None:
-            moved = moved if mask[i] else x
         low = a - box
         high = a + box
         moved = low if moved < low else moved
-        w[i] = high if moved > high else moved
+        moved = high if moved > high else moved
+        if mask is not None:
+            moved = moved if mask[i] else x
+        w[i] = moved
 
 
 @numba.njit(**OPTIONS)
@@ -234,6 +247,26 @@ def _normal(
         out[i + np.uint64(1)] = a1
         out[i + np.uint64(2)] = a2
         out[i + np.uint64(3)] = a3
+
+
+@numba.njit(**OPTIONS)
+def _words(
+    out: Any, quads: Any, first: Any, stream: Any, step: Any, chain: Any, key0: Any, key1: Any
+) -> None:
+    """The words themselves, in the order of their lanes."""
+    c1 = np.uint32(stream)
+    c2 = np.uint32(step)
+    c3 = np.uint32(chain)
+    k0 = np.uint32(key0)
+    k1 = np.uint32(key1)
+    base = np.uint32(first)
+    for q in range(np.uint64(quads)):
+        x0, x1, x2, x3 = _philox(np.uint32(base + np.uint32(q)), c1, c2, c3, k0, k1)
+        i = np.uint64(4) * q
+        out[i] = x0
+        out[i + np.uint64(1)] = x1
+        out[i + np.uint64(2)] = x2
+        out[i + np.uint64(3)] = x3
 
 
 @_inline
@@ -362,6 +395,23 @@ def narrow(values: Any, out: Any, half: Any) -> None:
     else:
         for i in range(np.uint64(values.size)):
             out[i] = _to_float16(values[i])
+
+
+@numba.njit(**OPTIONS)
+def _narrow_at_random(values: Any, words: Any, out: Any) -> None:
+    """To bfloat16, up or down so that the mean is kept: random bits are added to those cut off."""
+    for i in range(np.uint64(values.size)):
+        bits = np.uint32(bits_of(values[i]))
+        finite = (bits & np.uint32(0x7F800000)) != np.uint32(0x7F800000)
+        up = np.uint16(np.uint32(bits + (words[i] >> np.uint32(16))) >> np.uint32(16))
+        out[i] = up if finite else _to_bfloat16(values[i])
+
+
+@numba.njit(**OPTIONS)
+def _unpack(bits: Any, mask: Any) -> None:
+    """Bits of a block, lowest first, as one byte each."""
+    for i in range(np.uint64(mask.size)):
+        mask[i] = (bits[i >> np.uint64(3)] >> np.uint8(i & np.uint64(7))) & np.uint8(1)
 
 
 @_inline

@@ -22,6 +22,8 @@ LANGEVIN = 0
 """Stream of the noise in an SGLD step."""
 INIT = 1
 """Stream of the perturbation of a chain's starting point."""
+ROUNDING = 2
+"""Stream whose words round weights at random: element e takes the upper half of word e mod 4."""
 
 MAX_ELEMENTS = 2**34
 
@@ -45,7 +47,7 @@ def fill_normal(
         Numbers are made in float32 and then rounded to its dtype.
     seed, chain, step, param_index, stream
         The numbers' address; 0 <= seed < 2^63, chain < 2^24, step and param_index < 2^32,
-        stream ``LANGEVIN`` or ``INIT``.
+        stream ``LANGEVIN``, ``INIT`` or ``ROUNDING``.
     path
         "auto", "triton", "cpu" or "reference", see `basinscope.kernels.paths.resolve`.
 

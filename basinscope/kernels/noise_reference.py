@@ -14,16 +14,25 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 def fill(flat: Tensor, key: tuple[int, int], param_index: int, step: int, chain: int) -> None:
     """Fill a contiguous float32 vector; `chain` carries the stream in its top byte."""
-    quads = torch.arange(-(-flat.numel() // 4), dtype=torch.int64, device=flat.device)
-    words = philox(
+    lanes = words(-(-flat.numel() // 4) * 4, key, param_index, step, chain, flat.device).view(-1, 4)
+    x0, x1, x2, x3 = lanes.unbind(1)
+    numbers = [*_box_muller(x0, x1), *_box_muller(x2, x3)]
+    flat.copy_(torch.stack(numbers, dim=1).view(-1)[: flat.numel()])
+
+
+def words(
+    count: int, key: tuple[int, int], param_index: int, step: int, chain: int, device: torch.device
+) -> Tensor:
+    """Give the first `count` words of a stream, as int64 from 0 to 2^32 - 1."""
+    quads = torch.arange(-(-count // 4), dtype=torch.int64, device=device)
+    lanes = philox(
         quads,
         torch.full_like(quads, param_index),
         torch.full_like(quads, step),
         torch.full_like(quads, chain),
         key,
     )
-    lanes = [*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3])]
-    flat.copy_(torch.stack(lanes, dim=1).view(-1)[: flat.numel()])
+    return torch.stack(lanes, dim=1).view(-1)[:count]
 
 
 def philox(

@@ -47,6 +47,22 @@ def fill_kernel(out, size, key0, key1, stream, step, chain, BLOCK: tl.constexpr)
 @triton.jit
 def normal(start, key0, key1, stream, step, chain, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Elements ``start`` to ``start + BLOCK - 1`` of a stream; `start` is a multiple of 4."""
+    c0, c1, c2, c3 = philox(start, key0, key1, stream, step, chain, BLOCK)
+    n0, n1 = box_muller(c0, c1)
+    n2, n3 = box_muller(c2, c3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+
+
+@triton.jit
+def words(start, key0, key1, stream, step, chain, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The words behind ``normal``, in the order of their lanes."""
+    c0, c1, c2, c3 = philox(start, key0, key1, stream, step, chain, BLOCK)
+    return tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3))
+
+
+@triton.jit
+def philox(start, key0, key1, stream, step, chain, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Philox4x32-10 (Salmon et al., SC 2011) of BLOCK // 4 counters."""
     quads = tl.arange(0, BLOCK // 4)
     c0 = (start // 4 + quads).to(tl.uint32)
     none = tl.zeros([BLOCK // 4], tl.uint32)
@@ -55,7 +71,7 @@ def normal(start, key0, key1, stream, step, chain, BLOCK: tl.constexpr):  # type
     c3 = none + word(chain)
     k0 = word(key0)
     k1 = word(key1)
-    for _ in tl.static_range(10):  # Philox4x32-10, Salmon et al., SC 2011
+    for _ in tl.static_range(10):
         left = c0
         right = c2
         c0 = tl.umulhi(none + 0xCD9E8D57, right) ^ c1 ^ k0
@@ -64,9 +80,7 @@ def normal(start, key0, key1, stream, step, chain, BLOCK: tl.constexpr):  # type
         c3 = left * 0xD2511F53
         k0 = k0 + tl.full([], 0x9E3779B9, tl.uint32)
         k1 = k1 + tl.full([], 0xBB67AE85, tl.uint32)
-    n0, n1 = box_muller(c0, c1)
-    n2, n3 = box_muller(c2, c3)
-    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+    return c0, c1, c2, c3
 
 
 @triton.jit

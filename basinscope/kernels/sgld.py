@@ -2,7 +2,7 @@
 
     v <- alpha v + (1 - alpha) g^2,   G = 1 / (sqrt(v) + eps)         (RMSprop; otherwise G = 1)
     w <- w - (lr / 2) M [G n_beta g + G (lambda w + gamma (w - w0))] + sqrt(lr G) M sigma xi
-    w <- clamp(w, w0 - box, w0 + box)
+    w <- clamp(w, w0 - box, w0 + box) where M = 1
 
 with M a 0/1 mask, gamma the localization, lambda the weight decay, sigma the noise level and xi the
 normal stream of `basinscope.kernels.noise`. SGLD: Welling and Teh, ICML 2011; the preconditioner:
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class Factors:
     box: float  # radius; infinity for none
     alpha: float
     eps: float
+    stochastic: bool  # whether bfloat16 weights are rounded at random
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ class SgldUpdate:
     anchors
         w0, of the parameters' shapes and dtypes. Needed with localization, a box or metrics.
     masks
-        Per parameter a bool tensor of its shape, or None for all elements. An element whose mask
-        is False is never moved (but for the box), whatever its gradient.
+        Per parameter a bool tensor of its shape, or None for all elements. They are copied to one
+        bit per element, and stretches without a chosen element are not visited. An element whose
+        mask is False is never written, whatever its gradient.
     param_indices
         The noise streams of the parameters; by default 0, 1, 2, ...
     lr, n_beta
@@ -92,6 +95,11 @@ class SgldUpdate:
         Radius of the box around w0, or None.
     alpha, eps
         Both given: RMSprop preconditioning, with ``square_avgs`` as its state.
+    rounding
+        How bfloat16 weights are rounded when they are written. "nearest" loses a step smaller
+        than half the distance to the next bfloat16 number (2^-9 of the weight), "stochastic"
+        rounds up or down with the probability that keeps the mean, by the ``ROUNDING`` stream of
+        `basinscope.kernels.noise`. Other dtypes are rounded to nearest, or need no rounding.
     metrics
         Whether `step` returns the nine diagnostics.
     path
@@ -103,7 +111,7 @@ class SgldUpdate:
         The path that runs.
     square_avgs : list of Tensor or None
         v per parameter (float32; float64 for float64 parameters), zero at first. May be
-        overwritten in place between steps.
+        overwritten in place between steps. Where a mask is False they mean nothing.
 
     Raises
     ------
@@ -126,12 +134,14 @@ class SgldUpdate:
         bounding_box_size: float | None = None,
         alpha: float | None = None,
         eps: float | None = None,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         metrics: bool = False,
         path: str = "auto",
     ) -> None:
         self.params = list(params)
         _check_settings(lr, noise_level, bounding_box_size, alpha, eps)
         _check_params(self.params)
+        _check_rounding(rounding, self.params)
         if anchors is None and (localization or bounding_box_size is not None or metrics):
             raise ValueError(
                 "localization, a bounding box and metrics measure the distance from anchors, "
@@ -150,6 +160,7 @@ class SgldUpdate:
             box=math.inf if bounding_box_size is None else bounding_box_size,
             alpha=alpha or 0.0,
             eps=eps or 0.0,
+            stochastic=rounding == "stochastic",
         )
         self._metrics = metrics
         self._expected = [(p.dtype, p.shape, p.device) for p in self.params]
@@ -264,6 +275,17 @@ def _check_params(params: list[Tensor]) -> None:
             raise ValueError(f"parameter {i} has {param.numel()} elements, over {MAX_ELEMENTS}")
 
 
+def _check_rounding(rounding: str, params: list[Tensor]) -> None:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be 'nearest' or 'stochastic', got {rounding!r}")
+    halves = [i for i, param in enumerate(params) if param.dtype == torch.float16]
+    if rounding == "stochastic" and halves:
+        raise ValueError(
+            f"parameter {halves[0]} is torch.float16: stochastic rounding is for bfloat16 weights; "
+            "use rounding='nearest', or bfloat16 or float32 weights"
+        )
+
+
 def _checked_anchors(anchors: Sequence[Tensor], params: list[Tensor]) -> list[Tensor]:
     if len(anchors) != len(params):
         raise ValueError(f"got {len(anchors)} anchors for {len(params)} parameters; pass one each")
@@ -288,12 +310,12 @@ def _checked_masks(
     for i, (mask, param) in enumerate(zip(masks, params, strict=True)):
         if mask is None:
             continue
-        if mask.dtype != torch.bool or mask.shape != param.shape or mask.device != param.device:
+        if mask.dtype != torch.bool or mask.shape != param.shape:
             raise ValueError(
                 f"mask {i} is {_describe(mask)}, its parameter {_describe(param)}; a mask is "
-                "torch.bool, with its parameter's shape and device"
+                "torch.bool of its parameter's shape, on any device"
             )
-    return [None if mask is None else mask.contiguous() for mask in masks]
+    return list(masks)
 
 
 def _checked_streams(param_indices: Sequence[int] | None, count: int) -> list[int]:

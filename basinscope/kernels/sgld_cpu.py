@@ -27,12 +27,10 @@ class CompiledPass:
         self._group = group  # keeps alive what the tables point to
         dtype = group.weights[0].dtype
         sizes = [w.numel() for w in group.weights]
-        self._elements = sum(sizes)
-        self._blocks = cut(sizes, compiled.BLOCK)
+        self._blocks = cut(sizes, group.masks, compiled.BLOCK, keep_empty=metrics)
         self._sizes = np.array(sizes, dtype=np.int64)
         self._streams = np.array(group.streams, dtype=np.int64)
         self._anchors = addresses(group.anchors or [None] * len(sizes))
-        self._masks = addresses(group.masks)
         self._squares = None if group.squares is None else addresses(group.squares)
         self._storage, self._half = compiled.storage_of(dtype)
         self._constants = np.array(
@@ -48,35 +46,39 @@ class CompiledPass:
             dtype=np.float64 if dtype == torch.float64 else np.float32,
         )
         self._metrics = metrics
+        # None or True, which numba compiles apart
+        self._stochastic = (factors.stochastic and dtype == torch.bfloat16) or None
 
     def __call__(
         self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int
     ) -> Tensor | None:
-        tensor_of, start_of = self._blocks
-        sums = np.zeros((len(tensor_of), compiled.N_SUMS)) if self._metrics else None
+        blocks = self._blocks
+        sums = np.zeros((len(blocks), compiled.N_SUMS)) if self._metrics else None
         arguments = (
-            tensor_of,
-            start_of,
+            blocks.tensor_of,
+            blocks.start_of,
+            blocks.bits_of,
+            blocks.bits,
             self._sizes,
             self._streams,
             addresses(self._group.weights),
             addresses(gradients),
             self._anchors,
-            self._masks,
             self._squares,
             self._storage,
             self._half,
             *key_of(seed),
             step,
             chain,
+            self._stochastic,
             self._constants,
             sums,
         )
 
-        threads = worthwhile(_COST * self._elements, torch.get_num_threads())
+        threads = worthwhile(_COST * compiled.BLOCK * len(blocks), torch.get_num_threads())
 
         def work(first: int, last: int) -> None:
             compiled.langevin_blocks(first, last, *arguments)
 
-        for_blocks(work, len(tensor_of), threads)
+        for_blocks(work, len(blocks), threads)
         return None if sums is None else torch.from_numpy(sums.sum(axis=0))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from basinscope.kernels import noise_reference
-from basinscope.kernels.noise import key_of
+from basinscope.kernels.noise import ROUNDING, key_of
 
 if TYPE_CHECKING:
     from basinscope.kernels.sgld import Factors, Group
@@ -34,12 +34,16 @@ class ReferencePass:
             xi = torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device)
             if self._factors.noise != 0:
                 noise_reference.fill(xi, key_of(seed), group.streams[i], step, chain)
-            sums = self._update(i, gradient, xi.view(weight.shape))
+            words = torch.empty(0)
+            if self._factors.stochastic and weight.dtype == torch.bfloat16:
+                address = (group.streams[i], step, chain | ROUNDING << 24)
+                words = noise_reference.words(weight.numel(), key_of(seed), *address, weight.device)
+            sums = self._update(i, gradient, xi.view(weight.shape), words)
             if totals is not None:
                 totals += sums
         return totals
 
-    def _update(self, i: int, gradient: Tensor, xi: Tensor) -> Tensor:
+    def _update(self, i: int, gradient: Tensor, xi: Tensor, words: Tensor) -> Tensor:
         group, factors = self._group, self._factors
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         w = group.weights[i].to(dtype)
@@ -56,10 +60,12 @@ class ReferencePass:
         sums = self._sums(w, g, w0, gain, noise, mask) if self._metrics else w.new_zeros(0)
         prior = factors.decay * w + factors.pull * (w - w0)
         moved = w + (gain * (factors.gradient * g + prior) + factors.noise * noise)
-        if mask is not None:
-            moved = torch.where(mask, moved, w)
         if not math.isinf(factors.box):
             moved = torch.clamp(moved, w0 - factors.box, w0 + factors.box)
+        if factors.stochastic and group.weights[i].dtype == torch.bfloat16:
+            moved = _rounded_at_random(moved, words.view(moved.shape))
+        if mask is not None:
+            moved = torch.where(mask.to(moved.device), moved, w)
         group.weights[i].copy_(moved)
         return sums
 
@@ -85,7 +91,14 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else torch.where(mask, values, 0)
+    return values if mask is None else torch.where(mask.to(values.device), values, 0)
+
+
+def _rounded_at_random(values: Tensor, words: Tensor) -> Tensor:
+    """To bfloat16, up or down, so that the mean is kept; the bits below are added to and cut."""
+    bits = values.view(torch.int32)
+    up = ((bits + (words >> 16).to(torch.int32)) & -0x10000).view(torch.float32)
+    return torch.where(values.isfinite(), up, values)
 
 
 def _accumulator(device: torch.device) -> torch.dtype:

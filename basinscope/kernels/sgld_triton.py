@@ -11,17 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from basinscope.kernels import noise
 from basinscope.kernels.noise import key_of
-from basinscope.kernels.noise_triton import as_int32, normal
+from basinscope.kernels.noise_triton import as_int32, normal, words
 from basinscope.kernels.pointers import addresses, cut
 
 if TYPE_CHECKING:
     from basinscope.kernels.sgld import Factors, Group
 
 BLOCK = 1024
+ROUNDING = tl.constexpr(noise.ROUNDING)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Rows of the table: gradients change from step to step, the rest hardly ever.
-_ROWS = ("gradients", "weights", "anchors", "masks", "squares", "sizes", "streams")
+_ROWS = ("gradients", "weights", "anchors", "squares", "sizes", "streams")
 
 
 class TritonPass:
@@ -40,12 +42,14 @@ class TritonPass:
         nothing: list[Tensor | None] = [None] * len(sizes)
         self._fixed = [
             addresses(group.anchors or nothing),
-            addresses(group.masks),
             addresses(group.squares or nothing),
             np.array(sizes, dtype=np.int64),
             np.array([as_int32(s) for s in group.streams], dtype=np.int64),
         ]
-        self._blocks = torch.from_numpy(np.stack(cut(sizes, BLOCK))).to(self._device)
+        blocks = cut(sizes, group.masks, BLOCK, keep_empty=metrics)
+        where = np.stack([blocks.tensor_of, blocks.start_of, blocks.bits_of])
+        self._blocks = torch.from_numpy(where).to(self._device)
+        self._bits = torch.from_numpy(blocks.bits).to(self._device)
         self._scalars = (
             factors.gradient,
             factors.decay,
@@ -60,6 +64,7 @@ class TritonPass:
             "NOISE": factors.noise != 0,
             "RMSPROP": group.squares is not None,
             "METRICS": metrics,
+            "STOCHASTIC": factors.stochastic and dtype == torch.bfloat16,
             "BLOCK": BLOCK,
         }
         self._host_table = np.empty(0, np.int64)
@@ -74,15 +79,16 @@ class TritonPass:
         rows = programs if metrics else 0
         sums = torch.zeros((rows, 9), dtype=torch.float32, device=self._device)
         if programs:
-            words = [as_int32(word) for word in (*key_of(seed), step, chain)]
+            address = [as_int32(word) for word in (*key_of(seed), step, chain)]
             with torch.cuda.device_of(self._blocks):
                 langevin_kernel[(programs,)](
                     self._table,
                     len(gradients),
                     self._blocks,
                     programs,
+                    self._bits,
                     sums,
-                    *words,
+                    *address,
                     *self._scalars,
                     **self._features,
                 )
@@ -102,6 +108,7 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
     tensors,
     blocks,
     programs,
+    bits,
     sums,
     key0,
     key1,
@@ -118,6 +125,7 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
     NOISE: tl.constexpr,
     RMSPROP: tl.constexpr,
     METRICS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -128,29 +136,31 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
         return
     weight = tl.load(entry + tensors).to(tl.pointer_type(STORED))
     anchor = tl.load(entry + 2 * tensors)
-    masked = tl.load(entry + 3 * tensors)
-    size = tl.load(entry + 5 * tensors)
-    where = start + tl.arange(0, BLOCK)
+    size = tl.load(entry + 4 * tensors)
+    mask = tl.load(blocks + 2 * programs + program)
+    lanes = tl.arange(0, BLOCK)
+    where = start + lanes
     inside = where < size
-    # an address of zero (no anchor, no mask) reads its default
-    address = tl.zeros([BLOCK], tl.int64)
-    anchored = inside & ((address + anchor) != 0)
-    chosen = inside & ((address + masked) != 0)
+    # no anchor (an address of zero) and no mask (a negative place) read their defaults
+    none = tl.zeros([BLOCK], tl.int64)
+    anchored = inside & ((none + anchor) != 0)
+    partial = inside & ((none + mask) >= 0)
 
     w = tl.load(weight + where, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient.to(tl.pointer_type(STORED)) + where, mask=inside, other=0.0)
     g = g.to(tl.float32)
     w0 = tl.load(anchor.to(tl.pointer_type(STORED)) + where, mask=anchored, other=0.0)
     w0 = w0.to(tl.float32)
-    keep = tl.load(masked.to(tl.pointer_type(tl.int8)) + where, mask=chosen, other=1) != 0
+    byte = tl.load(bits + mask + lanes // 8, mask=partial, other=255).to(tl.int32)
+    keep = ((byte >> (lanes % 8)) & 1) != 0
 
+    stream = tl.load(entry + 5 * tensors).to(tl.int32)
     noise = tl.zeros([BLOCK], tl.float32)
     if NOISE:
-        stream = tl.load(entry + 6 * tensors).to(tl.int32)
         noise = normal(start, key0, key1, stream, step, chain, BLOCK)
     gain = tl.full([BLOCK], 1.0, tl.float32)
     if RMSPROP:
-        square = tl.load(entry + 4 * tensors).to(tl.pointer_type(tl.float32))
+        square = tl.load(entry + 3 * tensors).to(tl.pointer_type(tl.float32))
         v = tl.load(square + where, mask=inside, other=0.0)
         v = alpha * v + (1.0 - alpha) * (g * g)
         tl.store(square + where, v, mask=inside)
@@ -177,9 +187,21 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
 
     drift = gradient_factor * g + decay_factor * w + pull_factor * distance
     moved = w + (gain * drift + tl.sqrt(gain) * (noise_factor * noise))
-    moved = tl.where(keep, moved, w)
     low = w0 - box
     high = w0 + box
     moved = tl.where(moved < low, low, moved)
     moved = tl.where(moved > high, high, moved)
+    moved = tl.where(keep, moved, w)
+    if STOCHASTIC:
+        random = words(start, key0, key1, stream, step, chain | (ROUNDING << 24), BLOCK)
+        moved = rounded_at_random(moved, random)
     tl.store(weight + where, moved.to(STORED), mask=inside)
+
+
+@triton.jit
+def rounded_at_random(values, random):  # type: ignore[no-untyped-def]
+    """To bfloat16, up or down so that the mean is kept: random bits are added to those cut off."""
+    bits = values.to(tl.uint32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    up = (bits + (random >> 16)) & 0xFFFF0000
+    return tl.where(finite, up.to(tl.float32, bitcast=True), values)

@@ -43,13 +43,22 @@ def normals(
     count: int, *, seed: int, chain: int, step: int, param_index: int, stream: int = 0
 ) -> npt.NDArray[np.float64]:
     """The first `count` numbers of a stream; only the uniforms are rounded to float32."""
-    key = (seed & 0xFFFFFFFF, seed >> 32)
+    address = {"seed": seed, "chain": chain, "step": step, "param_index": param_index}
+    lanes = words(-(-count // 4) * 4, stream=stream, **address).astype(np.float32)
     numbers: list[float] = []
-    for quad in range(-(-count // 4)):
-        words = philox4x32((quad, param_index, step, chain | stream << 24), key)
-        for x, y in (words[:2], words[2:]):
-            u = np.float64(np.float32(np.float32(x) * 2.0**-32) + np.float32(2.0**-33))
-            angle = 2 * np.pi * np.float64(np.float32(y)) * 2.0**-32
-            radius = np.sqrt(-2 * np.log(u))
-            numbers += [radius * np.cos(angle), radius * np.sin(angle)]
+    for x, y in lanes.reshape(-1, 2):
+        u = np.float64(np.float32(x * np.float32(2.0**-32)) + np.float32(2.0**-33))
+        angle = 2 * np.pi * np.float64(y) * 2.0**-32
+        radius = np.sqrt(-2 * np.log(u))
+        numbers += [radius * np.cos(angle), radius * np.sin(angle)]
     return np.array(numbers[:count])
+
+
+def words(
+    count: int, *, seed: int, chain: int, step: int, param_index: int, stream: int = 0
+) -> npt.NDArray[np.uint64]:
+    """The first `count` 32-bit words of a stream."""
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    counters = [(quad, param_index, step, chain | stream << 24) for quad in range(-(-count // 4))]
+    found = [word for counter in counters for word in philox4x32(counter, key)]
+    return np.array(found[:count], dtype=np.uint64)

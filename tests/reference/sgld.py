@@ -53,7 +53,8 @@ def update(
     )
     new = w - terms.scaled_grad - terms.localization - terms.weight_decay + terms.noise
     if s.bounding_box_size is not None:
-        new = np.clip(new, w0 - s.bounding_box_size, w0 + s.bounding_box_size)
+        boxed = np.clip(new, w0 - s.bounding_box_size, w0 + s.bounding_box_size)
+        new = np.where(mask, boxed, w)
     return new, v, terms
 
 
