@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import zarr
@@ -23,6 +23,15 @@ class StoreWriteError(RuntimeError):
 
 _Job = tuple[int, Callable[[], None], Callable[[], None] | None]
 """Bytes, what to do, and what to do instead after an error."""
+
+
+class Values(Protocol):
+    """An array, or what will be one when it is asked for."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __array__(self) -> np.ndarray: ...
 
 
 class BackgroundWriter:
@@ -62,8 +71,10 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._work, name="basinscope-writer", daemon=True)
         self._thread.start()
 
-    def put(self, name: str, region: Any, values: np.ndarray, chain: int | None = None) -> None:
+    def put(self, name: str, region: Any, values: Values, chain: int | None = None) -> None:
         """Write ``values`` to ``region`` of an array soon. The caller must not change them.
+
+        What is not an array yet becomes one on the writing thread, which may have to wait for it.
 
         ``chain`` is whom the time is counted for.
 
@@ -130,9 +141,10 @@ class BackgroundWriter:
                     self._waiting -= waiting
                     self._changed.notify_all()
 
-    def _write(self, name: str, region: Any, values: np.ndarray, chain: int | None) -> None:
+    def _write(self, name: str, region: Any, values: Values, chain: int | None) -> None:
+        ready = np.asarray(values)
         start = time.perf_counter()
-        self.arrays[name][region] = values
+        self.arrays[name][region] = ready
         self.write_seconds[chain] += time.perf_counter() - start
 
 
@@ -158,7 +170,7 @@ class RowBuffer:
         name: str,
         chain: int,
         first_row: int,
-        stack: Callable[[list[Any]], np.ndarray],
+        stack: Callable[[list[Any]], Values],
     ) -> None:
         array = writer.arrays[name]
         self.writer, self.name, self.chain, self.stack = writer, name, chain, stack
@@ -166,12 +178,21 @@ class RowBuffer:
         self.start = first_row
         self.rows: list[Any] = []
 
+    @property
+    def next_fills(self) -> bool:
+        """Whether the next row completes a file, which is then handed over."""
+        return (self.start + len(self.rows) + 1) % self.rows_per_file == 0
+
     def append(self, row: Any) -> None:
         """Take one row; hands over when a file is full."""
+        full = self.next_fills
         self.rows.append(row)
-        end = self.start + len(self.rows)
-        if end % self.rows_per_file == 0:
+        if full:
             self.flush()
+
+    def drop_from(self, row: int) -> None:
+        """Forget a row that was not handed over yet, and those after it."""
+        del self.rows[max(0, row - self.start) :]
 
     def flush(self) -> None:
         """Hand over what has been collected, a full file or not."""

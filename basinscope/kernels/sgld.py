@@ -162,7 +162,7 @@ class SgldUpdate:
             eps=eps or 0.0,
             stochastic=rounding == "stochastic",
         )
-        self._metrics = metrics
+        self._scale = _metric_scale(self._factors, self.params[0].device)
         self._expected = [(p.dtype, p.shape, p.device) for p in self.params]
         self._members: list[list[int]] = []
         self._passes: list[Pass] = []
@@ -212,7 +212,7 @@ class SgldUpdate:
             if sums is not None:
                 totals = sums if totals is None else totals + sums
         torch.autograd.graph.increment_version(self.params)
-        return None if totals is None else _metrics_from(totals, self._factors)
+        return None if totals is None else _metrics_from(totals, self._scale)
 
     def _checked_gradients(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
         if len(grads) != len(self.params):
@@ -353,10 +353,15 @@ def _pass_for(path: str, group: Group, factors: Factors, metrics: bool) -> Pass:
     return ReferencePass(group, factors, metrics)
 
 
-def _metrics_from(sums: Tensor, factors: Factors) -> Tensor:
+def _metrics_from(sums: Tensor, scale: Tensor) -> Tensor:
     """Norms and dot products of the update's terms from the nine raw sums (see ``Pass``)."""
+    return (torch.cat([sums[:6].sqrt(), sums[6:]]) * scale).to(torch.float32)
+
+
+def _metric_scale(factors: Factors, device: torch.device) -> Tensor:
+    """What each norm and dot product is multiplied by."""
     gradient, noise = -factors.gradient, factors.noise
     norms = (gradient, gradient, -factors.pull, -factors.decay, noise, 1.0)
     dots = (-gradient, gradient * noise, -noise)
-    scale = torch.tensor(norms + dots, dtype=sums.dtype).to(sums.device, non_blocking=True)
-    return (torch.cat([sums[:6].sqrt(), sums[6:]]) * scale).to(torch.float32)
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
+    return torch.tensor(norms + dots, dtype=dtype, device=device)

@@ -29,18 +29,11 @@ from basinscope.io.writer import BackgroundWriter, RowBuffer
 from basinscope.kernels.noise import INIT, fill_normal
 from basinscope.kernels.sgld import SgldUpdate
 from basinscope.models.forward import to_device
+from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonFiniteLossError
 from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A chain left the region where its loss is a number."""
-
-    def __init__(self, step: int, reason: str) -> None:
-        super().__init__(f"step {step}: {reason}")
-        self.step, self.reason = step, reason
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ class ChainRunner:
         order = {name: index for index, name in enumerate(parameters)}
         self.parameters = [parameters[name] for name in job.masks]
         self.anchors = [anchors[name].to(job.device).contiguous() for name in job.masks]
-        self.masks = [None if m is None else m.to(job.device) for m in job.masks.values()]
+        self.masks = list(job.masks.values())
         self.indices = [order[name] for name in job.masks]
         self.update = SgldUpdate(
             [p.detach() for p in self.parameters],
@@ -190,10 +183,12 @@ class ChainRunner:
             weight_decay=config.llc_weight_decay,
             noise_level=config.noise_level,
             bounding_box_size=config.bounding_box_size,
+            rounding=config.weight_rounding,  # type: ignore[arg-type]
             metrics=config.save_metrics,
             alpha=config.rmsprop.get("alpha"),
             eps=config.rmsprop.get("eps"),
         )
+        self.pool = job.pool.to(job.device)
         self.observe = ObservableEvaluator(
             job.observables,
             job.loss,
@@ -230,6 +225,7 @@ class ChainRunner:
                 threads=torch.get_num_threads(),
             )
             self.buffers = self._open_buffers(chain, first)
+            self.watch = LossWatch()
             final: dict[str, Any] = {"state": chain_state.DONE}
             steps = self.job.config.num_steps
             try:
@@ -238,6 +234,7 @@ class ChainRunner:
                     self._steps(chain, first)
             except NonFiniteLossError as failure:
                 steps = failure.step
+                self._forget_from(steps)
                 final = {
                     "state": chain_state.FAILED,
                     "failed_step": failure.step,
@@ -288,7 +285,8 @@ class ChainRunner:
 
     def _steps(self, chain: int, first: int) -> None:
         config = self.job.config
-        rows = self.job.step_rows(chain)
+        places = np.searchsorted(self.job.pool_rows, self.job.step_rows(chain))
+        batches = torch.from_numpy(places).to(self.job.device)
         seed = config.init_seed + chain
         for step in range(first, config.num_steps):
             if self.stop.asked:
@@ -297,10 +295,9 @@ class ChainRunner:
                 self.stop.raise_if_asked()
             self.profiler.before_step(step)
 
-            losses = self._gradient(rows[step])
-            mean = float(losses.mean())
-            if not np.isfinite(mean):
-                raise NonFiniteLossError(step, "the sampling loss is not finite")
+            input_ids = self.pool[batches[step]].long()
+            losses = self._gradient(input_ids)
+            self.watch.see(step, {SAMPLING_LOSS: losses})
             with self.clock("update"):
                 metrics = self.update.step(
                     [p.grad for p in self.parameters], seed=seed, chain=chain, step=step
@@ -310,25 +307,24 @@ class ChainRunner:
             draw = config.draw_after(step)
             observed = self._observe(step) if draw is not None else {}
             with self.clock("record"):
-                self._record(losses, metrics, draw is not None, observed, rows[step])
+                self._record(losses, metrics, draw is not None, observed, input_ids)
 
             self.profiler.after_step(step)
             self.writer.check()
             draws = config.draws_before(step + 1)
-            self.report(Progress(chain, step + 1, draws, mean))
+            self.report(Progress(chain, step + 1, draws, self.watch.latest))
             every = self.checkpoint_every if draw is not None else None
             if every is not None and draws % every == 0 and step + 1 < config.num_steps:
                 self._checkpoint(chain, step + 1)
+        self.watch.look(wait=True)
 
-    def _gradient(self, rows: np.ndarray) -> Tensor:
+    def _gradient(self, input_ids: Tensor) -> Tensor:
         """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
-        batches = rows.reshape(-1, self.job.config.batch_size)
+        batches = input_ids.split(self.job.config.batch_size)
         losses = []
         for batch in batches:
-            with self.clock("data"):
-                input_ids = self.job.token_ids(batch)
             with self.clock("forward"):
-                loss = self.job.loss(self.model, input_ids).float()
+                loss = self.job.loss(self.model, batch).float()
             with self.clock("backward"):
                 (loss.mean() / len(batches)).backward()
             losses.append(loss.detach())
@@ -337,9 +333,9 @@ class ChainRunner:
     def _observe(self, step: int) -> dict[str, Tensor]:
         with self.clock("observe"), torch.inference_mode():
             observed = self.observe(self.model)
-            for obs_id, losses in observed.items():
-                if not np.isfinite(float(losses.mean())):
-                    raise NonFiniteLossError(step, f"the loss of observable {obs_id} is not finite")
+            named = {f"the loss of observable {key}": losses for key, losses in observed.items()}
+            if named:
+                self.watch.see(step, named)
         return observed
 
     def _record(
@@ -348,11 +344,13 @@ class ChainRunner:
         metrics: Tensor | None,
         is_draw: bool,
         observed: dict[str, Tensor],
-        rows: np.ndarray,
+        input_ids: Tensor,
     ) -> None:
+        if any(buffer.next_fills for buffer in self.buffers.values()):
+            self.watch.look(wait=True)  # nothing goes to the store before it is known to be good
         self.buffers["sampling_loss_micro"].append(losses.flatten(0, 1))
         if "sampling_input_ids_micro" in self.buffers:
-            self.buffers["sampling_input_ids_micro"].append(self.job.token_ids(rows))
+            self.buffers["sampling_input_ids_micro"].append(input_ids)
         if metrics is not None:
             for name, value in zip(METRICS, metrics, strict=True):
                 self.buffers[f"metrics_{name}"].append(value)
@@ -399,6 +397,7 @@ class ChainRunner:
     def _checkpoint(self, chain: int, steps: int) -> None:
         """Save the chain after ``steps`` steps, with everything before it on disk."""
         with self.clock("checkpoint"):
+            self.watch.look(wait=True)
             for buffer in self.buffers.values():
                 buffer.flush()
             self.writer.drain(chain)
@@ -420,6 +419,13 @@ class ChainRunner:
                 seconds=self._seconds(chain, dict(self.clock.seconds), self.earlier),
             )
 
+    def _forget_from(self, step: int) -> None:
+        """Drop what was collected of a step and those after it."""
+        for name, buffer in self.buffers.items():
+            dims = self.store.arrays[name].metadata.dimension_names or ()  # type: ignore[union-attr]
+            by_draw = dims[1] == "draw"
+            buffer.drop_from(self.job.config.draws_before(step) if by_draw else step)
+
     def _open_buffers(self, chain: int, first: int) -> dict[str, RowBuffer]:
         """One buffer per array that this chain fills."""
         draws = self.job.config.draws_before(first)
@@ -433,12 +439,12 @@ class ChainRunner:
                 buffers[name] = RowBuffer(self.writer, name, chain, row, self._stacker(name))
         return buffers
 
-    def _stacker(self, name: str) -> Callable[[list[Tensor]], np.ndarray]:
+    def _stacker(self, name: str) -> Callable[[list[Tensor]], Arriving]:
         """What turns rows of an array into what is stored."""
         keep_bits = self.job.config.loss_keep_bits
         if keep_bits is not None and "loss" in name:
-            return lambda rows: round_losses(_stack(rows), keep_bits)
-        return _stack
+            return lambda rows: _Rounded(torch.stack(rows), keep_bits)
+        return lambda rows: Arriving(torch.stack(rows))
 
 
 def working_copy(job: SamplingJob) -> nn.Module:
@@ -473,12 +479,19 @@ def perturb(
         fill_normal(noise, seed=seed, chain=chain, step=0, param_index=index, stream=INIT)
         noise.mul_(std)
         if mask is not None:
-            noise.mul_(mask)
+            noise.mul_(mask.to(noise.device))
         parameter.copy_(parameter.float().add_(noise))
 
 
-def _stack(rows: list[Tensor]) -> np.ndarray:
-    return torch.stack(rows).cpu().numpy()
+class _Rounded(Arriving):
+    """Losses that are rounded once they are there."""
+
+    def __init__(self, losses: Tensor, keep_bits: int) -> None:
+        super().__init__(losses)
+        self.keep_bits = keep_bits
+
+    def numpy(self) -> np.ndarray:
+        return round_losses(super().numpy(), self.keep_bits)
 
 
 def _pack(tensors: list[Tensor]) -> np.ndarray:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SAMPLING_METHODS = ("sgmcmc_sgld", "rmsprop_sgld")
+WEIGHT_ROUNDINGS = ("nearest", "stochastic")
 RMSPROP_DEFAULTS = {"alpha": 0.99, "eps": 0.1}
 
 
@@ -54,6 +55,14 @@ def _method(value: Any) -> str | None:
     return None if value in SAMPLING_METHODS else f"one of {', '.join(SAMPLING_METHODS)}"
 
 
+def _rounding(value: Any) -> str | None:
+    return None if value in WEIGHT_ROUNDINGS else f"one of {', '.join(WEIGHT_ROUNDINGS)}"
+
+
+def _autocast(value: Any) -> str | None:
+    return None if value in (None, "bfloat16") else "'bfloat16', or None"
+
+
 def _mapping(value: Any) -> str | None:
     return None if value is None or isinstance(value, dict) else "a dict, or None"
 
@@ -95,6 +104,8 @@ class SamplerConfig:
     sampling_method_kwargs: dict[str, float] | None = _setting(
         None, _mapping, "alpha and eps of rmsprop_sgld"
     )
+    weight_rounding: str = _setting("nearest", _rounding, "how bfloat16 weights are rounded")
+    autocast: str | None = _setting(None, _autocast, "dtype of the model's products")
     shuffle: bool = _setting(True, _flag, "shuffle the sampling data set once")
     match_sampling_input_ids_across_chains: bool = _setting(
         True, _flag, "all chains see the same batches"

@@ -63,7 +63,8 @@ class SamplingJob:
     @property
     def loss(self) -> LossFn:
         """The caller's loss, or next-token cross-entropy."""
-        return self.loss_fn or partial(next_token_loss, head=self.head)
+        loss = self.loss_fn or partial(next_token_loss, head=self.head)
+        return partial(_with_autocast, loss) if self.config.autocast else loss
 
     def batch_rows(self, chain: int) -> np.ndarray:
         """Data set rows of every batch of one epoch in a chain's order, (batches, batch_size)."""
@@ -307,6 +308,11 @@ def _check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
             f"{name} has token ids from {low} to {high}, and {type(model).__name__} knows {valid}: "
             "tokenize with this model's own tokenizer"
         )
+
+
+def _with_autocast(loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
+    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+        return loss(model, input_ids)
 
 
 def _qualified_name(function: Callable[..., Any]) -> str:

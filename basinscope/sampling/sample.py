@@ -34,6 +34,7 @@ from basinscope.sampling.init_loss import init_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
 from basinscope.sampling.job import SamplingJob, moved_elements, prepare_job
 from basinscope.sampling.losses import head_or_none
+from basinscope.sampling.precision import warn_about_rounding
 from basinscope.sampling.progress import show_progress
 from basinscope.sampling.workers import run_in_workers
 
@@ -85,6 +86,8 @@ def sample(
     output_path: str | os.PathLike[str] | None = None,
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     train_mode: bool = False,
+    weight_rounding: Literal["nearest", "stochastic"] = "nearest",
+    autocast: Literal["bfloat16"] | None = None,
     save_sampling_input_ids: bool = False,
     loss_keep_bits: int | None = None,
     chains_at_once: int | None = None,
@@ -153,6 +156,13 @@ def sample(
         ``(model, input_ids) -> (batch, token - 1)`` losses in place of next-token cross-entropy.
     train_mode : bool
         Leave dropout on while sampling and observing.
+    weight_rounding : {"nearest", "stochastic"}
+        How bfloat16 weights are rounded after a step. Steps smaller than half a bfloat16 unit are
+        lost to "nearest" and kept on average by "stochastic", which adds noise to them. float32
+        weights are not concerned.
+    autocast : {"bfloat16"}, optional
+        Run the model under ``torch.autocast``: faster products, losses off by about 1%; weights,
+        gradients and stored losses stay as they are. ``docs/sampling.md`` has what it changes.
     save_sampling_input_ids : bool
         Store the sampling batches' token ids, not only their row numbers.
     loss_keep_bits : int, optional
@@ -194,6 +204,8 @@ def sample(
     -----
     ChainFailedWarning
         If a chain's loss became NaN or infinite. It is marked as failed, the others are kept.
+    WeightRoundingWarning
+        If the moved weights have 16 bits and typical steps are small against their rounding.
     """
     config = SamplerConfig(
         lr=lr,
@@ -222,6 +234,8 @@ def sample(
         save_metrics=save_metrics,
         save_sampling_input_ids=save_sampling_input_ids,
         train_mode=train_mode,
+        weight_rounding=weight_rounding,
+        autocast=autocast,
         loss_keep_bits=loss_keep_bits,
     )
     _check_count("workers", workers)
@@ -263,6 +277,7 @@ def sample(
             logger.info("%s is complete and has these settings: nothing to sample", path)
             return open_store(path)
 
+    warn_about_rounding(job)
     working = working_copy(job)
     with stop_on_signals() as stop, torch.random.fork_rng(devices=cuda_devices(job.device)):
         if loss_fn is None:

@@ -49,6 +49,7 @@ FLAGS = [
 ]
 METHOD = ["sampling_method", "sampling_method_kwargs"]
 BITS = ["loss_keep_bits"]
+ROUNDING, AUTOCAST = ["weight_rounding"], ["autocast"]
 
 NOT_A_COUNT = [0, -1, 1.0, 2.5, "3", True, None, [1], math.nan, 2**63]
 NOT_A_COUNT_FROM_ZERO = [-1, 1.0, "3", False, None, 2**63]
@@ -69,6 +70,8 @@ def test_every_setting_is_in_the_tables_below() -> None:
         *FLAGS,
         *METHOD,
         *BITS,
+        *ROUNDING,
+        *AUTOCAST,
     ]
     assert sorted(tables) == sorted(field.name for field in dataclasses.fields(SamplerConfig))
 
@@ -79,6 +82,8 @@ def bad_settings() -> Iterator[Any]:
         (COUNTS_FROM_ZERO, NOT_A_COUNT_FROM_ZERO, "a whole number of at least 0"),
         (POSITIVE, NOT_POSITIVE, "a finite number above 0"),
         (NUMBERS, NOT_A_NUMBER, "a finite number, 0 or more"),
+        (ROUNDING, ["up", None, True], "one of nearest, stochastic"),
+        (AUTOCAST, ["float16", True, 16], "'bfloat16', or None"),
         (NUMBERS_OR_NONE, NOT_A_NUMBER_OR_NONE, "a finite number, 0 or more, or None"),
         (FLAGS, NOT_A_FLAG, "True or False"),
         (BITS, NOT_BITS, "or None"),
