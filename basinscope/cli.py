@@ -124,12 +124,25 @@ def info(store: StorePath) -> None:
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure the device, and each kernel against it.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="What --bench measures; default: the GPU if there is one.")
+    ] = None,
+) -> None:
     """Show versions, devices, and which kernel path each would use."""
     with readable_errors():
         from basinscope.report.doctor import report
 
         report(out)
+        if bench:
+            from basinscope.report.speed import report_speed
+            from basinscope.sampling.job import choose_device
+
+            out.print()
+            report_speed(out, choose_device(device))
 
 
 if __name__ == "__main__":
