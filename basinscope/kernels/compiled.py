@@ -79,6 +79,7 @@ def langevin_blocks(
     step: int,
     chain: int,
     stochastic: Any,
+    zero_grads: Any,
     constants: Any,
     sums: Any,
 ) -> None:
@@ -89,8 +90,9 @@ def langevin_blocks(
     the four address arrays have one entry per tensor. A zero address means: no gradient (leave the
     tensor alone), no anchor. `squares` is None without RMSprop. `storage` is a scalar of the stored
     type, with `half` None; for the 16-bit types it is a uint16 and `half` 0 for bfloat16, 1 for
-    float16. `stochastic` is True where bfloat16 is rounded at random, else None. `constants` has
-    the type of the arithmetic. `sums` (blocks, 9) receives the raw sums of the metrics, or is None.
+    float16. `stochastic` is True where bfloat16 is rounded at random, `zero_grads` where gradients
+    are left as zeros, else None. `constants` has the type of the arithmetic. `sums` (blocks, 9)
+    receives the raw sums of the metrics, or is None.
     """
     gradient_factor, decay_factor, pull_factor, noise_factor, box, alpha, eps = constants
     noise = np.zeros(BLOCK, np.float32)
@@ -130,6 +132,8 @@ def langevin_blocks(
                 w, g, w0, None, h, noise,
                 gradient_factor, decay_factor, pull_factor, noise_factor, box,
             )  # fmt: skip
+        if zero_grads is not None:
+            view(gradients[t], start, count, storage)[:] = storage
         if half is not None:
             out = view(weights[t], start, count, storage)
             if stochastic is not None:

@@ -60,9 +60,10 @@ class Group:
     masks: list[Tensor | None]
     squares: list[Tensor] | None
     streams: list[int]  # the parameter indices of the noise
+    zero_grads: bool
 
 
-Pass = Callable[[Sequence[Tensor | None], int, int, int], Tensor | None]
+Pass = Callable[[Sequence[Tensor | None], int, int, int | Tensor], Tensor | None]
 """(gradients, seed, chain, step) -> the nine raw sums (float64), or None without metrics.
 
 In the order of ``METRIC_NAMES``, with a = M G g, b = M G (w - w0), c = M G w, n = M sqrt(G) xi and
@@ -100,6 +101,9 @@ class SgldUpdate:
         than half the distance to the next bfloat16 number (2^-9 of the weight), "stochastic"
         rounds up or down with the probability that keeps the mean, by the ``ROUNDING`` stream of
         `basinscope.kernels.noise`. Other dtypes are rounded to nearest, or need no rounding.
+    zero_grads
+        Whether `step` leaves zeros in the gradients, written in the same pass: for gradients that
+        stay where they are and are added to, as in a CUDA graph.
     metrics
         Whether `step` returns the nine diagnostics.
     path
@@ -135,6 +139,7 @@ class SgldUpdate:
         alpha: float | None = None,
         eps: float | None = None,
         rounding: Literal["nearest", "stochastic"] = "nearest",
+        zero_grads: bool = False,
         metrics: bool = False,
         path: str = "auto",
     ) -> None:
@@ -162,6 +167,7 @@ class SgldUpdate:
             eps=eps or 0.0,
             stochastic=rounding == "stochastic",
         )
+        self._zero_grads = zero_grads
         self._scale = _metric_scale(self._factors, self.params[0].device)
         self._expected = [(p.dtype, p.shape, p.device) for p in self.params]
         self._members: list[list[int]] = []
@@ -175,13 +181,14 @@ class SgldUpdate:
                 masks=[kept_masks[i] for i in members],
                 squares=None if squares is None else [squares[i] for i in members],
                 streams=[streams[i] for i in members],
+                zero_grads=zero_grads,
             )
             self._members.append(members)
             self._passes.append(_pass_for(self.path, group, self._factors, metrics))
 
     @torch.no_grad()
     def step(
-        self, grads: Sequence[Tensor | None], *, seed: int, chain: int, step: int
+        self, grads: Sequence[Tensor | None], *, seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
         """Update every parameter once, in place.
 
@@ -191,7 +198,8 @@ class SgldUpdate:
             One gradient per parameter, of its shape, dtype and device; a parameter whose gradient
             is None is left alone and does not count in the metrics.
         seed, chain, step
-            The noise's address, see `basinscope.kernels.noise`.
+            The noise's address, see `basinscope.kernels.noise`. A step in a tensor of one int64 on
+            the parameters' device is read by the Triton kernel when it runs.
 
         Returns
         -------
@@ -203,7 +211,9 @@ class SgldUpdate:
         ValueError
             If a gradient does not fit its parameter or the noise's address is out of range.
         """
-        check_address(seed=seed, chain=chain, step=step)
+        if isinstance(step, Tensor) and self.path != "triton":
+            step = int(step)
+        check_address(seed=seed, chain=chain, step=0 if isinstance(step, Tensor) else step)
         gradients = self._checked_gradients(grads)
         totals = None
         for members, run in zip(self._members, self._passes, strict=True):
@@ -229,6 +239,11 @@ class SgldUpdate:
                         f"its parameter {_describe(self.params[i])}; they must agree"
                     )
                 if not grad.is_contiguous():
+                    if self._zero_grads:
+                        raise ValueError(
+                            f"gradient {i} has strides {grad.stride()} for shape "
+                            f"{tuple(grad.shape)}; with zero_grads they must be contiguous"
+                        )
                     grad = grad.contiguous()
             checked.append(grad)
         return checked

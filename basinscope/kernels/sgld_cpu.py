@@ -27,7 +27,8 @@ class CompiledPass:
         self._group = group  # keeps alive what the tables point to
         dtype = group.weights[0].dtype
         sizes = [w.numel() for w in group.weights]
-        self._blocks = cut(sizes, group.masks, compiled.BLOCK, keep_empty=metrics)
+        every = metrics or group.zero_grads
+        self._blocks = cut(sizes, group.masks, compiled.BLOCK, keep_empty=every)
         self._sizes = np.array(sizes, dtype=np.int64)
         self._streams = np.array(group.streams, dtype=np.int64)
         self._anchors = addresses(group.anchors or [None] * len(sizes))
@@ -47,10 +48,11 @@ class CompiledPass:
         )
         self._metrics = metrics
         # None or True, which numba compiles apart
+        self._zero_grads = group.zero_grads or None
         self._stochastic = (factors.stochastic and dtype == torch.bfloat16) or None
 
     def __call__(
-        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int
+        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
         blocks = self._blocks
         sums = np.zeros((len(blocks), compiled.N_SUMS)) if self._metrics else None
@@ -68,9 +70,10 @@ class CompiledPass:
             self._storage,
             self._half,
             *key_of(seed),
-            step,
+            int(step),
             chain,
             self._stochastic,
+            self._zero_grads,
             self._constants,
             sums,
         )

@@ -23,9 +23,9 @@ class ReferencePass:
         self._group, self._factors, self._metrics = group, factors, metrics
 
     def __call__(
-        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int
+        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
-        group = self._group
+        group, step = self._group, int(step)
         totals = _no_sums(group.weights[0].device) if self._metrics else None
         for i, gradient in enumerate(gradients):
             weight = group.weights[i]
@@ -41,6 +41,8 @@ class ReferencePass:
             sums = self._update(i, gradient, xi.view(weight.shape), words)
             if totals is not None:
                 totals += sums
+            if group.zero_grads:
+                gradient.zero_()
         return totals
 
     def _update(self, i: int, gradient: Tensor, xi: Tensor, words: Tensor) -> Tensor:

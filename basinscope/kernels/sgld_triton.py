@@ -46,7 +46,8 @@ class TritonPass:
             np.array(sizes, dtype=np.int64),
             np.array([as_int32(s) for s in group.streams], dtype=np.int64),
         ]
-        blocks = cut(sizes, group.masks, BLOCK, keep_empty=metrics)
+        every = metrics or group.zero_grads
+        blocks = cut(sizes, group.masks, BLOCK, keep_empty=every)
         where = np.stack([blocks.tensor_of, blocks.start_of, blocks.bits_of])
         self._blocks = torch.from_numpy(where).to(self._device)
         self._bits = torch.from_numpy(blocks.bits).to(self._device)
@@ -64,6 +65,7 @@ class TritonPass:
             "NOISE": factors.noise != 0,
             "RMSPROP": group.squares is not None,
             "METRICS": metrics,
+            "ZERO_GRADS": group.zero_grads,
             "STOCHASTIC": factors.stochastic and dtype == torch.bfloat16,
             "BLOCK": BLOCK,
         }
@@ -71,7 +73,7 @@ class TritonPass:
         self._table = torch.empty(0, dtype=torch.int64)
 
     def __call__(
-        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int
+        self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
         self._renew_table(gradients)
         programs = self._blocks.shape[1]
@@ -79,7 +81,9 @@ class TritonPass:
         rows = programs if metrics else 0
         sums = torch.zeros((rows, 9), dtype=torch.float32, device=self._device)
         if programs:
-            address = [as_int32(word) for word in (*key_of(seed), step, chain)]
+            counted = isinstance(step, Tensor)
+            key0, key1, chain = (as_int32(word) for word in (*key_of(seed), chain))
+            when = step if isinstance(step, Tensor) else as_int32(step)
             with torch.cuda.device_of(self._blocks):
                 langevin_kernel[(programs,)](
                     self._table,
@@ -88,8 +92,12 @@ class TritonPass:
                     programs,
                     self._bits,
                     sums,
-                    *address,
+                    key0,
+                    key1,
+                    when,
+                    chain,
                     *self._scalars,
+                    COUNTED=counted,
                     **self._features,
                 )
         return sums.sum(dim=0, dtype=torch.float64) if metrics else None
@@ -126,8 +134,12 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
     RMSPROP: tl.constexpr,
     METRICS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if COUNTED:
+        step = tl.load(step).to(tl.int32)
     program = tl.program_id(0)
     entry = table + tl.load(blocks + program)
     start = tl.load(blocks + programs + program)
@@ -149,6 +161,9 @@ def langevin_kernel(  # type: ignore[no-untyped-def]
     w = tl.load(weight + where, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gradient.to(tl.pointer_type(STORED)) + where, mask=inside, other=0.0)
     g = g.to(tl.float32)
+    if ZERO_GRADS:
+        nothing = tl.zeros([BLOCK], STORED)
+        tl.store(gradient.to(tl.pointer_type(STORED)) + where, nothing, mask=inside)
     w0 = tl.load(anchor.to(tl.pointer_type(STORED)) + where, mask=anchored, other=0.0)
     w0 = w0.to(tl.float32)
     byte = tl.load(bits + mask + lanes // 8, mask=partial, other=255).to(tl.int32)

@@ -34,6 +34,7 @@ from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
+from basinscope.sampling.replay import Replayed, own_stream
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class ChainRunner:
             weight_decay=config.llc_weight_decay,
             noise_level=config.noise_level,
             bounding_box_size=config.bounding_box_size,
+            zero_grads=job.cuda_graph,
             rounding=config.weight_rounding,  # type: ignore[arg-type]
             metrics=config.save_metrics,
             alpha=config.rmsprop.get("alpha"),
@@ -193,7 +195,7 @@ class ChainRunner:
             job.observables,
             job.loss,
             batch_size=config.batch_size,
-            regroup=job.loss_fn is None,
+            per_forward=job.sequences_per_forward,
             device=job.device,
         )
 
@@ -229,7 +231,10 @@ class ChainRunner:
             final: dict[str, Any] = {"state": chain_state.DONE}
             steps = self.job.config.num_steps
             try:
-                with torch.random.fork_rng(devices=cuda_devices(self.job.device)):
+                with (
+                    torch.random.fork_rng(devices=cuda_devices(self.job.device)),
+                    own_stream(self.job.device, self.job.cuda_graph),
+                ):
                     self._seed_dropout(chain, saved)
                     self._steps(chain, first)
             except NonFiniteLossError as failure:
@@ -287,7 +292,19 @@ class ChainRunner:
         config = self.job.config
         places = np.searchsorted(self.job.pool_rows, self.job.step_rows(chain))
         batches = torch.from_numpy(places).to(self.job.device)
-        seed = config.init_seed + chain
+        count = torch.tensor([first], device=self.job.device)  # the step, where a graph can read it
+
+        def advance(step: int | Tensor) -> dict[str, Tensor]:
+            return self._advance(self.pool[batches[step]].long().flatten(0, -2), chain, step)
+
+        def counted() -> dict[str, Tensor]:
+            made = advance(count)
+            count.add_(1)
+            return made
+
+        move, observe = None, self._observe
+        if self.job.cuda_graph:
+            move, observe = Replayed(counted), Replayed(self._observe)
         for step in range(first, config.num_steps):
             if self.stop.asked:
                 if self.checkpoint_every is not None:
@@ -295,19 +312,15 @@ class ChainRunner:
                 self.stop.raise_if_asked()
             self.profiler.before_step(step)
 
-            input_ids = self.pool[batches[step]].long()
-            losses = self._gradient(input_ids)
-            self.watch.see(step, {SAMPLING_LOSS: losses})
-            with self.clock("update"):
-                metrics = self.update.step(
-                    [p.grad for p in self.parameters], seed=seed, chain=chain, step=step
-                )
-                for parameter in self.parameters:
-                    parameter.grad = None
+            made = advance(step) if move is None else move()
+            self.watch.see(step, {SAMPLING_LOSS: made["losses"]})
             draw = config.draw_after(step)
-            observed = self._observe(step) if draw is not None else {}
+            with self.clock("observe"):
+                observed = observe() if draw is not None else {}
+            if observed:
+                self.watch.see(step, {_loss_of(key): losses for key, losses in observed.items()})
             with self.clock("record"):
-                self._record(losses, metrics, draw is not None, observed, input_ids)
+                self._record(made, draw is not None, observed)
 
             self.profiler.after_step(step)
             self.writer.check()
@@ -317,6 +330,21 @@ class ChainRunner:
             if every is not None and draws % every == 0 and step + 1 < config.num_steps:
                 self._checkpoint(chain, step + 1)
         self.watch.look(wait=True)
+
+    def _advance(self, input_ids: Tensor, chain: int, step: int | Tensor) -> dict[str, Tensor]:
+        """Take one step; give its ids (sequence, token), losses and metrics."""
+        made = {"input_ids": input_ids, "losses": self._gradient(input_ids)}
+        with self.clock("update"):
+            metrics = self.update.step(
+                [p.grad for p in self.parameters],
+                seed=self.job.config.init_seed + chain,
+                chain=chain,
+                step=step,
+            )
+            if not self.job.cuda_graph:  # whose gradients stay where they are
+                for parameter in self.parameters:
+                    parameter.grad = None
+        return made if metrics is None else {**made, "metrics": metrics}
 
     def _gradient(self, input_ids: Tensor) -> Tensor:
         """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
@@ -330,29 +358,19 @@ class ChainRunner:
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    def _observe(self, step: int) -> dict[str, Tensor]:
-        with self.clock("observe"), torch.inference_mode():
-            observed = self.observe(self.model)
-            named = {f"the loss of observable {key}": losses for key, losses in observed.items()}
-            if named:
-                self.watch.see(step, named)
-        return observed
+    @torch.inference_mode()
+    def _observe(self) -> dict[str, Tensor]:
+        return self.observe(self.model)
 
-    def _record(
-        self,
-        losses: Tensor,
-        metrics: Tensor | None,
-        is_draw: bool,
-        observed: dict[str, Tensor],
-        input_ids: Tensor,
-    ) -> None:
+    def _record(self, made: dict[str, Tensor], is_draw: bool, observed: dict[str, Tensor]) -> None:
         if any(buffer.next_fills for buffer in self.buffers.values()):
             self.watch.look(wait=True)  # nothing goes to the store before it is known to be good
+        losses = made["losses"]
         self.buffers["sampling_loss_micro"].append(losses.flatten(0, 1))
         if "sampling_input_ids_micro" in self.buffers:
-            self.buffers["sampling_input_ids_micro"].append(input_ids)
-        if metrics is not None:
-            for name, value in zip(METRICS, metrics, strict=True):
+            self.buffers["sampling_input_ids_micro"].append(made["input_ids"])
+        if "metrics" in made:
+            for name, value in zip(METRICS, made["metrics"], strict=True):
                 self.buffers[f"metrics_{name}"].append(value)
         if is_draw:
             self.buffers["sampling_loss"].append(losses.mean(0))
@@ -445,6 +463,10 @@ class ChainRunner:
         if keep_bits is not None and "loss" in name:
             return lambda rows: _Rounded(torch.stack(rows), keep_bits)
         return lambda rows: Arriving(torch.stack(rows))
+
+
+def _loss_of(obs_id: str) -> str:
+    return f"the loss of observable {obs_id}"
 
 
 def working_copy(job: SamplingJob) -> nn.Module:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from basinscope.sampling.chain import perturb
 from basinscope.sampling.interrupt import StopRequest
 from basinscope.sampling.job import SamplingJob
-from basinscope.sampling.observables import OBSERVABLE_TOKENS
 
 
 def init_losses(
@@ -50,9 +49,7 @@ def _mean_loss(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest
     used = epoch[times > 0].reshape(-1)
     weights = np.repeat(times[times > 0], config.batch_size) / (count * config.batch_size)
 
-    per_forward = config.batch_size
-    if job.loss_fn is None:
-        per_forward = max(per_forward, OBSERVABLE_TOKENS // job.sequence_length)
+    per_forward = job.sequences_per_forward or config.batch_size
     total: Tensor | None = None
     with torch.inference_mode():
         for start in range(0, len(used), per_forward):

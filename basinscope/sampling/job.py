@@ -21,6 +21,10 @@ from basinscope.sampling.data import batch_order, check_dataset, cycled, read_ro
 from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import Observable, read_observables
 
+# tokens that one forward without gradients takes: what fills the device, less where logits count
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 2**16}
+LOGITS_TOKENS = {"cpu": 2048, "cuda": 2**14}
+
 LossFn = Callable[[nn.Module, Tensor], Tensor]
 ParamMasks = Mapping[str, Tensor | None]
 
@@ -43,6 +47,8 @@ class SamplingJob:
         Their numbers in the data set, ascending.
     head : LinearHead or None
         The model's head, if the loss can be taken without all logits in memory.
+    cuda_graph : bool
+        Whether steps are recorded once and replayed.
     """
 
     model: nn.Module
@@ -55,6 +61,7 @@ class SamplingJob:
     pool_rows: np.ndarray
     observables: list[Observable]
     head: LinearHead | None = None
+    cuda_graph: bool = False
 
     @property
     def sequence_length(self) -> int:
@@ -65,6 +72,15 @@ class SamplingJob:
         """The caller's loss, or next-token cross-entropy."""
         loss = self.loss_fn or partial(next_token_loss, head=self.head)
         return partial(_with_autocast, loss) if self.config.autocast else loss
+
+    @property
+    def sequences_per_forward(self) -> int | None:
+        """Sequences per forward without gradients; None where the caller's loss sees batches."""
+        if self.loss_fn is not None:
+            return None
+        tokens = FORWARD_TOKENS if self.head else LOGITS_TOKENS
+        most = tokens.get(self.device.type, tokens["cpu"])
+        return max(self.config.batch_size, most // self.sequence_length)
 
     def batch_rows(self, chain: int) -> np.ndarray:
         """Data set rows of every batch of one epoch in a chain's order, (batches, batch_size)."""

@@ -13,8 +13,6 @@ from torch import Tensor
 from basinscope.io.dims import observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
 
-OBSERVABLE_TOKENS = 2048  # tokens that one forward without gradients takes at a time
-
 
 @dataclass(frozen=True)
 class Observable:
@@ -111,8 +109,8 @@ class ObservableEvaluator:
     """Evaluates all observables with as few and as large forwards as their rows allow.
 
     Sequences that several observables share are evaluated once. A model's own loss takes them in
-    groups of about :data:`OBSERVABLE_TOKENS` tokens; a caller's ``loss_fn`` sees batches of
-    ``batch_size``, as it would without this class.
+    groups of about ``per_forward``; a caller's ``loss_fn`` sees batches of ``batch_size``, as it
+    would without this class.
 
     Parameters
     ----------
@@ -120,8 +118,8 @@ class ObservableEvaluator:
     loss_fn : callable
         ``(model, input_ids) -> (batch, token_pos)``.
     batch_size : int
-    regroup : bool
-        Whether sequences may be grouped anew.
+    per_forward : int or None
+        Most sequences of a group; None where sequences must stay in their batches.
     """
 
     def __init__(
@@ -130,7 +128,7 @@ class ObservableEvaluator:
         loss_fn: Callable[[torch.nn.Module, Tensor], Tensor],
         *,
         batch_size: int,
-        regroup: bool,
+        per_forward: int | None,
         device: torch.device,
     ) -> None:
         self.loss_fn = loss_fn
@@ -139,13 +137,14 @@ class ObservableEvaluator:
         if not observables:
             return
         everything = np.concatenate([o.input_ids for o in observables])
-        unit = 1 if regroup else batch_size
+        unit = 1 if per_forward else batch_size
         kept, positions = _first_occurrences(everything.reshape(len(everything) // unit, -1))
         tokens = everything.shape[1]
-        group = max(batch_size, OBSERVABLE_TOKENS // tokens) if regroup else batch_size
         unique = everything.reshape(-1, unit, tokens)[kept].reshape(-1, tokens)
         ids = torch.from_numpy(unique).to(device)
-        self.batches = list(ids.split(_even_split(len(ids), group) if regroup else batch_size))
+        self.batches = list(
+            ids.split(_even_split(len(ids), per_forward) if per_forward else batch_size)
+        )
         rows = (positions[:, None] * unit + np.arange(unit)).reshape(-1)
         start = 0
         for observable in observables:

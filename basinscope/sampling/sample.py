@@ -92,6 +92,7 @@ def sample(
     loss_keep_bits: int | None = None,
     chains_at_once: int | None = None,
     workers: int = 1,
+    cuda_graph: bool = False,
     chains: Sequence[int] | None = None,
     checkpoint_every: int | None = None,
     profile: str | os.PathLike[str] | None = None,
@@ -174,6 +175,9 @@ def sample(
         copies are small and the loss is the model's own; else 1.
     workers : int
         Worker processes that share the machine's threads and run chains side by side.
+    cuda_graph : bool
+        Record a step once as a CUDA graph and replay it: for small models on a GPU, whose steps
+        are many short launches. The numbers are the same.
     chains : sequence of int, optional
         Run only these chains of the store (for array jobs). Default: all.
     checkpoint_every : int, optional
@@ -252,6 +256,12 @@ def sample(
             f"would share: use workers={chains_at_once} in place of chains_at_once"
         )
 
+    if cuda_graph and (train_mode or loss_fn is not None or profile is not None):
+        raise ValueError(
+            "cuda_graph=True replays one recording of the model's own loss: use it without "
+            "train_mode, loss_fn and profile"
+        )
+
     path = None if output_path is None else Path(output_path)
     if path is not None and _is_taken(path):
         raise FileExistsError(
@@ -267,6 +277,9 @@ def sample(
         loss_fn=loss_fn,
         device=device,
     )
+    if cuda_graph and job.device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {job.device}")
+    job = replace(job, cuda_graph=cuda_graph)
     path = path or _temporary_path(config)
     settings = job.settings()
     if is_store(path):

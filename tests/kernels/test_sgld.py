@@ -359,6 +359,36 @@ def test_stochastic_rounding_keeps_small_steps(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_zeroed_in_the_same_pass(path: str, dtype: torch.dtype) -> None:
+    """All of them, masked or not; the step is the one that leaves them alone."""
+    problem = Problem(CASES["everything"], dtype, masked=True)
+    leaving, zeroing = problem.update(path), problem.update(path, zero_grads=True)
+    gradients = [None if g is None else g.clone() for g in problem.steps[0]]
+    metrics = zeroing.step(gradients, step=0, **ADDRESS)
+    expected = leaving.step(problem.steps[0], step=0, **ADDRESS)
+    assert all(map(torch.equal, zeroing.params, leaving.params))
+    assert torch.equal(metrics, expected)
+    assert not any(g.any() for g in gradients if g is not None)
+
+
+def test_gradients_that_would_be_copied_cannot_be_zeroed() -> None:
+    update = SgldUpdate([torch.zeros(3, 2)], zero_grads=True, **PLAIN)
+    with pytest.raises(ValueError, match=r"strides \(1, 3\).*contiguous"):
+        update.step([torch.zeros(2, 3).t()], seed=0, chain=0, step=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_step_can_be_counted_on_the_device(path: str) -> None:
+    problem = Problem(CASES["localized"])
+    told, counted = problem.update(path), problem.update(path)
+    for number in (0, 1, 2**31 + 5):
+        told.step(problem.steps[0], step=number, **ADDRESS)
+        counted.step(problem.steps[0], step=torch.tensor([number]), **ADDRESS)
+        assert all(map(torch.equal, told.params, counted.params))
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_stochastic_rounding_leaves_wider_weights_alone(path: str) -> None:
     problem = Problem(CASES["everything"])
     random, nearest = problem.update(path, rounding="stochastic"), problem.update(path)

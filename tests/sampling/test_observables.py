@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from basinscope.io.dims import observable_id
-from basinscope.sampling import observables as module
 from basinscope.sampling.data import observable_rows
 from basinscope.sampling.job import next_token_loss
 from basinscope.sampling.observables import (
@@ -76,15 +75,14 @@ def test_a_sequence_repeated_within_an_observable_is_evaluated_once() -> None:
     torch.testing.assert_close(losses, alone(found[0], tiny_model("raw")), rtol=1e-5, atol=1e-6)
 
 
-def test_forwards_are_large_and_few(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_are_large_and_few() -> None:
     found = read({"a": (SHARED, 5), "b": (OTHER, 5)})
     model, spy = Spy.around("raw")
     evaluator(found)(model)
     assert [len(b) for b in spy.batches] == [40], "40 sequences of 9 tokens are one forward"
 
-    monkeypatch.setattr(module, "OBSERVABLE_TOKENS", 9 * 15)
     model, spy = Spy.around("raw")
-    evaluator(found)(model)
+    evaluator(found, per_forward=15)(model)
     assert [len(b) for b in spy.batches] == [14, 14, 12], "at most 15, evenly"
 
 
@@ -122,7 +120,11 @@ def test_any_sharing_gives_every_sequence_its_own_loss(
         return ids[:, 1:].float() - 0.5
 
     evaluate = ObservableEvaluator(
-        found, first_token, batch_size=BATCH, regroup=regroup, device=torch.device("cpu")
+        found,
+        first_token,
+        batch_size=BATCH,
+        per_forward=200 if regroup else None,
+        device=torch.device("cpu"),
     )
     losses = evaluate(nn.Identity())
     for observable in found:
@@ -189,12 +191,14 @@ def read(observables: dict[str, Dataset | tuple[Dataset, int]], seed: int = 7) -
     )
 
 
-def evaluator(found: list[Observable], loss_fn: Any = None) -> ObservableEvaluator:
+def evaluator(
+    found: list[Observable], loss_fn: Any = None, per_forward: int = 200
+) -> ObservableEvaluator:
     return ObservableEvaluator(
         found,
         loss_fn or next_token_loss,
         batch_size=BATCH,
-        regroup=loss_fn is None,
+        per_forward=per_forward if loss_fn is None else None,
         device=torch.device("cpu"),
     )
 
