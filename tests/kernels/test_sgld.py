@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from basinscope.kernels import pointers
 from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.pointers import cut
 from basinscope.kernels.sgld import METRIC_NAMES, SgldUpdate
@@ -386,6 +388,42 @@ def test_a_step_can_be_counted_on_the_device(path: str) -> None:
         told.step(problem.steps[0], step=number, **ADDRESS)
         counted.step(problem.steps[0], step=torch.tensor([number]), **ADDRESS)
         assert all(map(torch.equal, told.params, counted.params))
+
+
+@pytest.mark.parametrize("path", ["cpu", "triton"])
+def test_elements_beyond_2_to_the_31(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last 5000 elements of a tensor of 2^33 + 7, whose first elements do not exist.
+
+    Addresses are those of its beginning, so that only offsets of more than 32 bits reach memory.
+    """
+    first, count = 2**33 + 7 - 4999 - (2**33 + 7 - 4999) % 2048, 5000
+    module = importlib.import_module(f"basinscope.kernels.sgld_{path}")
+    problem = Problem(CASES["everything"], shapes=[(count,)])
+    problem.masks = [torch.rand(count) < 0.5]
+
+    def early(tensors: Sequence[Tensor | None]) -> np.ndarray:
+        places = pointers.addresses(tensors)
+        return np.where(places == 0, 0, places - 4 * first)
+
+    def late(sizes: Sequence[int], *others: Any, **options: Any) -> pointers.Blocks:
+        blocks = pointers.cut(sizes, *others, **options)
+        return replace(blocks, start_of=blocks.start_of + first)
+
+    monkeypatch.setattr(module, "addresses", early)
+    monkeypatch.setattr(module, "cut", late)
+    update = problem.update(path, metrics=False)
+    (run,) = update._passes
+    if path == "cpu":
+        run._sizes += first  # type: ignore[attr-defined]
+    else:
+        run._fixed[2] += first  # type: ignore[attr-defined]
+    update.step(problem.steps[0], step=0, **ADDRESS)
+
+    xi = philox.normals(count, step=0, param_index=0, first_quad=first // 4, **ADDRESS)
+    w, w0, g = (wide(t[0]) for t in (problem.weights, problem.anchors, problem.steps[0]))
+    mask = problem.masks[0].numpy().astype(np.float64)
+    truth, _, _ = oracle.update(w, g, w0, mask, np.zeros(count), xi, problem.settings)
+    np.testing.assert_allclose(wide(update.params[0]), truth, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -40,11 +40,19 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def normals(
-    count: int, *, seed: int, chain: int, step: int, param_index: int, stream: int = 0
+    count: int,
+    *,
+    seed: int,
+    chain: int,
+    step: int,
+    param_index: int,
+    stream: int = 0,
+    first_quad: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """The first `count` numbers of a stream; only the uniforms are rounded to float32."""
+    """`count` numbers of a stream; only the uniforms are rounded to float32."""
+    whole = -(-count // 4) * 4
     address = {"seed": seed, "chain": chain, "step": step, "param_index": param_index}
-    lanes = words(-(-count // 4) * 4, stream=stream, **address).astype(np.float32)
+    lanes = words(whole, stream=stream, first_quad=first_quad, **address).astype(np.float32)
     numbers: list[float] = []
     for x, y in lanes.reshape(-1, 2):
         u = np.float64(np.float32(x * np.float32(2.0**-32)) + np.float32(2.0**-33))
@@ -55,10 +63,18 @@ def normals(
 
 
 def words(
-    count: int, *, seed: int, chain: int, step: int, param_index: int, stream: int = 0
+    count: int,
+    *,
+    seed: int,
+    chain: int,
+    step: int,
+    param_index: int,
+    stream: int = 0,
+    first_quad: int = 0,
 ) -> npt.NDArray[np.uint64]:
-    """The first `count` 32-bit words of a stream."""
+    """`count` 32-bit words of a stream, from a block of four on."""
     key = (seed & 0xFFFFFFFF, seed >> 32)
-    counters = [(quad, param_index, step, chain | stream << 24) for quad in range(-(-count // 4))]
+    quads = range(first_quad, first_quad - (-count // 4))
+    counters = [(quad, param_index, step, chain | stream << 24) for quad in quads]
     found = [word for counter in counters for word in philox4x32(counter, key)]
     return np.array(found[:count], dtype=np.uint64)
