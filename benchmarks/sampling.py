@@ -1,6 +1,7 @@
 """sample() against devinterp 2.0.1: the same model, data and settings, store included.
 
     python -m benchmarks.sampling [--sizes 42k 1M 27M] [--rounds 5]
+    python -m benchmarks.sampling --device cuda [--sizes 1M 70M 410M 1.4B]
 
 GPT-NeoX from a config, random weights, random tokens; two observables of 3 and 2 batches on
 different data, so that each draw costs five observable batches, and the defaults' 32 batches of
@@ -13,12 +14,14 @@ memory is that of a process of its own that makes one such call, imports include
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import shutil
 import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +35,25 @@ SIZES: dict[str, dict[str, int]] = {
     "42k": {"hidden": 32, "layers": 2, "heads": 4, "vocab": 256, "tokens": 32, "batch": 16},
     "1M": {"hidden": 128, "layers": 4, "heads": 4, "vocab": 1024, "tokens": 64, "batch": 16},
     "27M": {"hidden": 512, "layers": 6, "heads": 8, "vocab": 8192, "tokens": 128, "batch": 8},
+    # the shapes of Pythia
+    "70M": {"hidden": 512, "layers": 6, "heads": 8, "vocab": 50304, "tokens": 256, "batch": 16},
+    "410M": {"hidden": 1024, "layers": 24, "heads": 16, "vocab": 50304, "tokens": 256, "batch": 16},
+    "1.4B": {"hidden": 2048, "layers": 24, "heads": 16, "vocab": 50304, "tokens": 256, "batch": 16},
 }
+USUAL = {"cpu": ["42k", "1M", "27M"], "cuda": ["1M", "70M", "410M", "1.4B"]}
 # chains and draws: as many steps as a call of some tens of seconds has room for
-RUNS = {"toy": (1, 2), "42k": (4, 200), "1M": (4, 25), "27M": (2, 4)}
+RUNS = {
+    **{"toy": (1, 2), "42k": (4, 200), "1M": (4, 25), "27M": (2, 4)},
+    **{"70M": (2, 50), "410M": (2, 20), "1.4B": (1, 10)},
+}
 INIT_BATCHES_PER_DRAW = 32 / 200
 
 
 def main() -> None:
     options = parser(__doc__, "sampling.jsonl")
-    options.add_argument("--sizes", nargs="+", choices=SIZES, default=["42k", "1M", "27M"])
+    options.add_argument("--sizes", nargs="+", choices=SIZES, help="default: as above")
+    options.add_argument("--device", choices=USUAL, default="cpu")
+    options.add_argument("--graph", action="store_true", help="ours with cuda_graph=True")
     options.add_argument("--no-memory", action="store_true", help="skip peak memory")
     options.add_argument("--one", nargs=3, metavar=("WHO", "SIZE", "METRICS"), help=_ONE)
     asked = options.parse_args()
@@ -49,16 +62,17 @@ def main() -> None:
         run(who, size, metrics == "metrics")
         print(own_peak_memory())
         return
-    for size in ["toy"] if asked.toy else asked.sizes:
+    extra = {"cuda_graph": True} if asked.graph else {}
+    for size in ["toy"] if asked.toy else asked.sizes or USUAL[asked.device]:
         for metrics in (False, True):
             figures = paired(
-                lambda size=size, metrics=metrics: run("basinscope", size, metrics),
-                lambda size=size, metrics=metrics: run("devinterp", size, metrics),
+                partial(run, "basinscope", size, metrics, asked.device, **extra),
+                partial(run, "devinterp", size, metrics, asked.device),
                 asked.rounds,
             )
-            figures["floor_s"] = round(min(floor_seconds(size) for _ in range(2)), 4)
+            figures["floor_s"] = round(min(floor_seconds(size, asked.device) for _ in range(2)), 4)
             figures["floor_share"] = round(figures["floor_s"] / figures["ours_s"], 3)
-            if not asked.no_memory:
+            if not asked.no_memory and asked.device == "cpu":
                 word = "metrics" if metrics else "plain"
                 for key, who in (("ours", "basinscope"), ("peer", "devinterp")):
                     peak = peak_memory("benchmarks.sampling", "--one", who, size, word)
@@ -66,13 +80,15 @@ def main() -> None:
             chains, draws = RUNS[size]
             settings = {"size": size, "metrics": metrics, "chains": chains, "draws": draws}
             settings["threads"] = torch.get_num_threads()
+            if asked.device == "cuda":
+                settings |= {"device": torch.cuda.get_device_name(), **extra}
             record(asked.out, "sampling", settings, figures)
 
 
 _ONE = "make one call and print this process's peak memory (used by the memory measurement)"
 
 
-def run(who: str, size: str, metrics: bool) -> None:
+def run(who: str, size: str, metrics: bool, device: str = "cpu", **extra: Any) -> None:
     """Make one whole call into a fresh store."""
     directory = Path(tempfile.mkdtemp(prefix="benchmark-sampling-"))
     try:
@@ -86,17 +102,18 @@ def run(who: str, size: str, metrics: bool) -> None:
 
                 basinscope.sample(
                     *inputs(size),
-                    **settings(size),
+                    **settings(size, device),
                     save_metrics=metrics,
                     output_path=directory / "samples.zarr",
                     progress=False,
+                    **extra,
                 )
             else:
                 from devinterp.slt.sampling import sample
 
                 sample(
                     *inputs(size),
-                    **settings(size),
+                    **settings(size, device),
                     save_metrics=metrics,
                     output_path=directory / "samples.zarr",
                 )
@@ -104,13 +121,14 @@ def run(who: str, size: str, metrics: bool) -> None:
         shutil.rmtree(directory)
 
 
-def floor_seconds(size: str) -> float:
+def floor_seconds(size: str, device: str = "cpu") -> float:
     """Time the model's own work for the steps of a run, on all threads."""
     model, dataset, observables = inputs(size)
+    model = copy.deepcopy(model).to(device)
     chains, draws = RUNS[size]
     batch = SIZES[size]["batch"]
-    ids = dataset[:batch]["input_ids"]
-    observed = [data[i * batch : (i + 1) * batch]["input_ids"]
+    ids = dataset[:batch]["input_ids"].to(device)
+    observed = [data[i * batch : (i + 1) * batch]["input_ids"].to(device)
                 for data, count in observables.values() for i in range(count)]  # fmt: skip
 
     def loss(batch_ids: torch.Tensor) -> torch.Tensor:
@@ -124,6 +142,8 @@ def floor_seconds(size: str) -> float:
         with torch.inference_mode():
             for batch_ids in observed:
                 loss(batch_ids)
+    if device == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -159,7 +179,7 @@ def inputs(size: str) -> tuple[Any, Any, dict[str, Any]]:
 _inputs: dict[str, Any] = {}
 
 
-def settings(size: str) -> dict[str, Any]:
+def settings(size: str, device: str) -> dict[str, Any]:
     """Give the sampler's settings, the same for everyone."""
     chains, draws = RUNS[size]
     return {
@@ -170,7 +190,7 @@ def settings(size: str) -> dict[str, Any]:
         "num_draws": draws,
         "batch_size": SIZES[size]["batch"],
         "num_init_loss_batches": max(1, round(draws * INIT_BATCHES_PER_DRAW)),
-        "device": "cpu",
+        "device": device,
     }
 
 

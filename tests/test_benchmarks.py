@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import analysis, harness, sampling, store
+from benchmarks import analysis, harness, kernels, sampling, store
 
 
 @pytest.mark.peer
@@ -44,6 +45,64 @@ def test_analysis_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     large = [line for name, line in found.items() if "out of core" in name]
     assert len(large) == len(analysis.ANALYSES)
     assert all(line["within"] for line in large)
+
+
+@pytest.mark.peer
+def test_kernels_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "kernels.jsonl"
+    command = ["kernels", "--toy", "--rounds", "1", "--no-memory", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert kernels.main() == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for part in kernels.PARTS:
+        found = [line for line in lines if line["benchmark"] == f"kernels {part}"]
+        assert {line["dtype"] for line in found} == {"float32", "bfloat16"}
+        assert {"devinterp"} < {line["peer"] for line in found}
+        for line in found:
+            assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.01)
+            assert line["floor_share"] == pytest.approx(line["floor_s"] / line["ours_s"], rel=0.01)
+
+
+@pytest.mark.peer
+def test_kernels_benchmark_measures_memory_of_one_call() -> None:
+    for who in ("baseline", "basinscope", "devinterp"):
+        assert kernels.run_once(who, "toy", "float32") > 2**26
+
+
+def test_kernels_benchmark_refuses_a_wrong_update() -> None:
+    problem = kernels.make_problem("toy", "cpu", torch.float32)
+
+    def scaled(problem: kernels.Problem, variant: str, noise_level: float) -> kernels.Chain:
+        return kernels.our_chain(problem, variant, 2 * noise_level)
+
+    def shifted(problem: kernels.Problem, variant: str, noise_level: float) -> kernels.Chain:
+        chain = kernels.our_chain(problem, variant, noise_level)
+        chain.weights[0].flatten()[0] += 1e-3
+        return chain
+
+    assert kernels.check_update(kernels.our_chain, problem, "metrics")
+    for wrong, message in ((scaled, "variance"), (shifted, "steps differ")):
+        with pytest.raises(kernels.DisagreementError, match=message):
+            kernels.check_update(wrong, problem, "plain")
+
+
+def test_kernels_benchmark_sees_gradients_that_ignore_which_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_the_mean(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        losses = kernels.our_head(hidden, weight, ids)
+        return losses.detach() + losses.mean() - losses.mean().detach()
+
+    heads = {"basinscope": kernels.our_head, "mean": of_the_mean, "same": kernels.our_head}
+    monkeypatch.setattr(kernels, "HEAD_LOSSES", heads)
+    out = tmp_path / "kernels.jsonl"
+    bench = kernels.Bench("cpu", rounds=1, toy=True, memory=False, out=out)
+    kernels.compare_heads(bench, "toy", torch.float32)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["peer"]: line["peer_wrong_per_token"] for line in lines} == {
+        "mean": True,
+        "same": False,
+    }
 
 
 def test_paired_reports_peer_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:

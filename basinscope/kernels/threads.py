@@ -7,6 +7,7 @@ each other, and a child process starts a fresh pool.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ def for_blocks(work: Callable[[int, int], object], blocks: int, threads: int) ->
     blocks
         How many blocks there are.
     threads
-        At most so many ranges run at a time; the calling thread works on one of them.
+        At most so many ranges run at a time; the calling thread works too.
     """
     threads = min(threads, blocks)
     if threads <= 1:
@@ -34,13 +35,21 @@ def for_blocks(work: Callable[[int, int], object], blocks: int, threads: int) ->
             work(0, blocks)
         return
     pool = _pools.get(threads) or _pools.setdefault(threads, ThreadPoolExecutor(threads - 1))
-    edges = [blocks * t // threads for t in range(threads + 1)]
-    others = [pool.submit(work, edges[t], edges[t + 1]) for t in range(1, threads)]
+    ranges = min(blocks, threads * _RANGES)
+    edges = [blocks * r // ranges for r in range(ranges + 1)]
+    following = itertools.count()
+
+    def take() -> None:
+        while (r := next(following)) < ranges:
+            work(edges[r], edges[r + 1])
+
+    others = [pool.submit(take) for _ in range(1, threads)]
     try:
-        work(edges[0], edges[1])
+        take()
     finally:
         for other in others:
-            other.result()
+            if not other.cancel():  # one that has not woken up yet has nothing left to do
+                other.result()
 
 
 def worthwhile(nanoseconds: float, threads: int) -> int:
@@ -48,4 +57,5 @@ def worthwhile(nanoseconds: float, threads: int) -> int:
     return threads if nanoseconds > _WAKING else 1
 
 
+_RANGES = 8  # per thread: one that is late, for its core was busy, leaves its share to the others
 _WAKING = 150_000  # nanoseconds of work; handing out a range costs some 20 microseconds
