@@ -1,0 +1,485 @@
+"""Where a model keeps its layers, heads, embedding and unembedding, found in the model itself.
+
+Layers come from the module tree. Which rows and columns belong to a head is found by trying: a few
+tokens go through the model, and the gradient of what a head passes to the output projection shows
+which features of the other projections it reads. No architecture has a table, fused and grouped
+projections in whatever order included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.forward import is_transformer_lens, token_logits, vocabulary_size
+
+PROBE_TOKENS = 8
+_ATTENTION = re.compile(r"att(ention|n)|selfatt", re.IGNORECASE)
+_CROSS = re.compile(r"cross|encoder_att|enc_dec", re.IGNORECASE)
+_NORM = re.compile(r"norm", re.IGNORECASE)
+_BY_HAND = (
+    "Pass masks by hand: sample(param_masks={parameter name: bool tensor of its shape, or None})"
+)
+
+
+class UnknownStructureError(ValueError):
+    """A part of the model was asked for that could not be found in it."""
+
+
+@dataclass(frozen=True)
+class HeadSlices:
+    """Which heads the rows or columns of one parameter belong to.
+
+    Attributes
+    ----------
+    axis : int
+        0 for rows, 1 for columns.
+    head : ndarray (size of the axis,)
+        The query head that owns each row or column alone; -1 where it is shared.
+    group : ndarray (size of the axis,)
+        The group of query heads (those of one key-value head) that it belongs to; -1 for none.
+    """
+
+    axis: int
+    head: npt.NDArray[np.int64]
+    group: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The parameters of one layer, by name.
+
+    Attributes
+    ----------
+    parameters, attention, mlp : tuple of str
+        All of them; those of the attention's projections; those of the MLP, every expert
+        included. Norms are in ``parameters`` only.
+    num_heads, num_groups : int
+        Query heads, and key-value heads; 0 without attention.
+    head_size : int
+        Width of what one head passes to the output projection.
+    heads : dict of str to HeadSlices
+        The parameters that are cut into heads.
+    """
+
+    parameters: tuple[str, ...]
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+    num_heads: int
+    num_groups: int
+    head_size: int
+    heads: dict[str, HeadSlices]
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """A model's parts, by the names of their parameters.
+
+    Attributes
+    ----------
+    layers : tuple of Layer
+    embed, unembed : tuple of str
+        Token embedding, and the map to logits with its bias; the same parameter where they are
+        tied.
+    """
+
+    layers: tuple[Layer, ...]
+    embed: tuple[str, ...]
+    unembed: tuple[str, ...]
+
+
+def find_structure(model: nn.Module) -> ModelStructure:
+    """Find the parts of a Hugging Face causal LM or a TransformerLens model.
+
+    Raises
+    ------
+    UnknownStructureError
+        If the model has no layers, or an attention whose heads cannot be told apart; says what
+        was found.
+    """
+    if is_transformer_lens(model):
+        return _hooked_structure(model)
+    lists = _layer_lists(model)
+    parts = [_parts_of_layer(model, lists, number) for number in range(len(lists[0][1]))]
+    probes = _probe(model, [attention for _, attention in parts])
+    layers = []
+    known: dict[tuple[Any, ...], tuple[int, int, int, dict[str, HeadSlices]]] = {}
+    for number, ((names, attention), seen) in enumerate(zip(parts, probes, strict=True)):
+        projections = _projections(model, attention)
+        kind = tuple((local, tuple(p.weight.shape)) for local, p in _local(projections))
+        if kind not in known:
+            known[kind] = _heads_of(model, projections, seen, number)
+        num_heads, num_groups, size, slices = known[kind]
+        heads = {
+            f"{name}.{leaf}": slices[f"{local}.{leaf}"]
+            for (name, _), (local, _) in zip(projections.items(), _local(projections), strict=True)
+            for leaf in ("weight", "bias")
+            if f"{local}.{leaf}" in slices
+        }
+        heads |= _sinks(model, names["attention"], num_heads, num_groups)
+        order = {name: place for place, name in enumerate(names["parameters"])}
+        ordered = dict(sorted(heads.items(), key=lambda item: order[item[0]]))
+        layers.append(
+            Layer(
+                parameters=names["parameters"],
+                attention=names["attention"],
+                mlp=names["mlp"],
+                num_heads=num_heads,
+                num_groups=num_groups,
+                head_size=size,
+                heads=ordered,
+            )
+        )
+    return ModelStructure(tuple(layers), *_embeddings(model))
+
+
+def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The list of layers, and others beside it of the same length (parts of layers kept apart)."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not re.search(r"\.\d+\.", name)
+    }
+    with_attention = {
+        name: module
+        for name, module in lists.items()
+        if any(_is_attention(inner) for layer in module for inner in layer.modules())
+    }
+    chosen = {n: m for n, m in with_attention.items() if "decoder" in n} or with_attention
+    if not chosen:
+        found = ", ".join(f"{name} of {len(module)}" for name, module in lists.items()) or "none"
+        raise UnknownStructureError(
+            f"{type(model).__name__} has no list of layers with attention in it (lists of modules: "
+            f"{found}). {_BY_HAND}"
+        )
+    main = max(chosen, key=lambda name: sum(p.numel() for p in chosen[name].parameters()))
+    parent = main.rpartition(".")[0]
+    beside = [
+        (name, module)
+        for name, module in lists.items()
+        if name != main and name.rpartition(".")[0] == parent and len(module) == len(lists[main])
+    ]
+    return [(main, lists[main]), *beside]
+
+
+def _parts_of_layer(
+    model: nn.Module, lists: list[tuple[str, nn.ModuleList]], number: int
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Names of a layer's parameters, and of the modules that are its self-attention."""
+    prefixes = [f"{name}.{number}" for name, _ in lists]
+    attention: list[str] = []
+    cross: list[str] = []
+    norms: list[str] = []
+    for prefix in prefixes:
+        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+            if name != prefix and _CROSS.search(name.rpartition(".")[2]):
+                cross.append(name)
+            elif _NORM.search(type(module).__name__) and not list(module.children()):
+                norms.append(name)
+            elif _is_attention(module):
+                attention.append(name)
+    own = [n for n in _outermost(attention) if not _within(n, cross)]
+    parameters = [n for n, _ in model.named_parameters() if _within(n, prefixes)]
+    plain = [n for n in parameters if not _within(n, norms) and not _within(n, cross)]
+    return {
+        "parameters": tuple(parameters),
+        "attention": tuple(n for n in plain if _within(n, own)),
+        "mlp": tuple(n for n in plain if not _within(n, own)),
+    }, own
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention block: its class says so, and it multiplies."""
+    if not _ATTENTION.search(type(module).__name__):
+        return False
+    return sum(1 for inner in module.modules() if _is_projection(inner)) >= 2
+
+
+def _is_projection(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [n for n in names if not any(n != other and _within(n, [other]) for other in names)]
+
+
+def _within(name: str, prefixes: list[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _projections(model: nn.Module, attention: list[str]) -> dict[str, nn.Module]:
+    """The linear maps of a layer's self-attention by full name."""
+    return {
+        name: module
+        for prefix in attention
+        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix)
+        if _is_projection(module) and not _CROSS.search(name[len(prefix) :])
+    }
+
+
+def _local(projections: dict[str, nn.Module]) -> list[tuple[str, Any]]:
+    """The same without the number of the layer in their names."""
+    return [(re.sub(r"\.\d+\.", ".", name, count=1), p) for name, p in projections.items()]
+
+
+@dataclass
+class _Seen:
+    """What a probe saw of one layer's projections, in the order in which they ran."""
+
+    outputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+@torch.enable_grad()
+def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
+    """Run a few tokens, cutting the graph at every projection's output."""
+    seen = [_Seen({}, {}) for _ in attention]
+    hooks = []
+    for record, prefixes in zip(seen, attention, strict=True):
+        for name, module in _projections(model, prefixes).items():
+
+            def cut(
+                module: nn.Module,
+                args: Any,
+                output: Any,
+                name: str = name,
+                record: _Seen = record,
+            ) -> Any:
+                if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
+                    return None
+                record.inputs[name] = args[0]
+                record.outputs[name] = output.detach().requires_grad_()
+                return record.outputs[name]
+
+            hooks.append(module.register_forward_hook(cut))
+    try:
+        with _evaluating(model):
+            count = vocabulary_size(model) or 2
+            device = next(model.parameters()).device
+            ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) * 7919) % count
+            token_logits(model, ids[None])
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnknownStructureError(
+            f"{type(model).__name__} cannot be run on a few tokens to see its heads ({reason}). "
+            f"{_BY_HAND}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _heads_of(
+    model: nn.Module, projections: dict[str, nn.Module], seen: _Seen, layer: int
+) -> tuple[int, int, int, dict[str, HeadSlices]]:
+    """Heads, groups, head size, and the slices of each projection's weight and bias."""
+    if not projections:
+        return 0, 0, 0, {}
+    names = list(seen.outputs)
+    if len(names) < 2:
+        raise UnknownStructureError(_strange(model, layer, projections, "they were not all run"))
+    last = names[-1]  # to run: the output projection
+    passed = seen.inputs[last]
+    width = passed.shape[-1]
+    num_heads = _config_number(model, "num_attention_heads")
+    if not num_heads or width % num_heads:
+        reason = f"the output projection takes {width} numbers, and there are {num_heads} heads"
+        raise UnknownStructureError(_strange(model, layer, projections, reason))
+    size = width // num_heads
+    readers = _readers(passed, {n: seen.outputs[n] for n in names[:-1]}, num_heads)
+    local = dict(zip(projections, (n for n, _ in _local(projections)), strict=True))
+    for num_groups in _possible_groups(model, readers, num_heads):
+        slices: dict[str, HeadSlices] = {}
+        for name, table in readers.items():
+            found = _owners(table, num_heads, num_groups)
+            found = found or _in_order(table.shape[1], num_heads, num_groups, size)
+            if found is not None:
+                slices |= _of_module(local[name], projections[name], *found, output=False)
+        if any((s.head >= 0).any() for s in slices.values()):
+            heads = np.repeat(np.arange(num_heads), size)
+            own = (heads, heads * num_groups // num_heads)
+            slices |= _of_module(local[last], projections[last], *own, output=True)
+            return num_heads, num_groups, size, slices
+    reason = "no row of them belongs to one head alone"
+    raise UnknownStructureError(_strange(model, layer, projections, reason))
+
+
+def _readers(
+    passed: Tensor, outputs: dict[str, Tensor], num_heads: int
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Per projection a table (head, feature): does the head read the feature?"""
+    rows = {name: [] for name in outputs}  # type: dict[str, list[npt.NDArray[np.bool_]]]
+    weighting = torch.linspace(1, 2, passed[..., : passed.shape[-1] // num_heads].numel())
+    for block in passed.chunk(num_heads, dim=-1):
+        upstream = weighting.to(block).view(block.shape) * 1024  # far from underflow in float16
+        gradients = torch.autograd.grad(
+            block, list(outputs.values()), upstream, retain_graph=True, allow_unused=True
+        )
+        for name, gradient, output in zip(outputs, gradients, outputs.values(), strict=True):
+            features = output.shape[-1]
+            read = np.zeros(features, dtype=np.bool_)
+            if gradient is not None:
+                read = (gradient.reshape(-1, features) != 0).any(0).cpu().numpy()
+            rows[name].append(read)
+    return {name: np.stack(tables) for name, tables in rows.items()}
+
+
+def _possible_groups(
+    model: nn.Module, readers: dict[str, npt.NDArray[np.bool_]], num_heads: int
+) -> list[int]:
+    """Numbers of key-value heads: what the sharing of features shows, then what the config says."""
+    counts = {int(c) for table in readers.values() for c in table.sum(0) if c > 1}
+    shown = [num_heads // min(counts, default=1)]
+    told = _config_number(model, "num_key_value_heads")
+    return [g for g in dict.fromkeys([*shown, told, num_heads]) if g and num_heads % g == 0]
+
+
+def _owners(
+    table: npt.NDArray[np.bool_], num_heads: int, num_groups: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    """Head and group of each feature; None if some feature is read by other sets of heads."""
+    per_group = num_heads // num_groups
+    count = table.sum(0)
+    first = table.argmax(0)
+    head = np.where(count == 1, first, -1)
+    group = np.where(count > 0, first // per_group, -1)
+    whole = (count == per_group) & (first % per_group == 0)
+    contiguous = table[first + np.maximum(count, 1) - 1, np.arange(table.shape[1])]
+    good = (count == 0) | (count == 1) | (whole & contiguous)
+    return (head, group) if good.all() and (count > 0).any() else None
+
+
+def _in_order(
+    features: int, num_heads: int, num_groups: int, size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    """Heads one after the other, where trying shows nothing (a norm over all of them)."""
+    if features == num_heads * size:
+        head = np.repeat(np.arange(num_heads), size)
+        return head, head * num_groups // num_heads
+    if features == num_groups * size:
+        group = np.repeat(np.arange(num_groups), size)
+        return np.full(features, -1), group
+    return None
+
+
+def _of_module(
+    local: str,
+    module: Any,
+    head: npt.NDArray[np.int64],
+    group: npt.NDArray[np.int64],
+    *,
+    output: bool,
+) -> dict[str, HeadSlices]:
+    """Slices of a projection's weight (and bias) from those of its features."""
+    transposed = not isinstance(module, nn.Linear) and type(module).__name__ == "Conv1D"
+    axis = int(output != transposed)
+    slices = {f"{local}.weight": HeadSlices(axis, head, group)}
+    if not output and getattr(module, "bias", None) is not None:
+        slices[f"{local}.bias"] = HeadSlices(0, head, group)
+    return {n: s for n, s in slices.items() if module.weight.shape[axis] == len(head)}
+
+
+def _sinks(
+    model: nn.Module, attention: tuple[str, ...], num_heads: int, num_groups: int
+) -> dict[str, HeadSlices]:
+    """Parameters of the attention itself with one number per head."""
+    found = {}
+    for name in attention:
+        leaf = name.rpartition(".")[2]
+        if leaf in ("weight", "bias") or model.get_parameter(name).shape != (num_heads,):
+            continue
+        head = np.arange(num_heads)
+        found[name] = HeadSlices(0, head, head * num_groups // num_heads)
+    return found
+
+
+def _embeddings(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def of(getter: str) -> tuple[str, ...]:
+        find = getattr(model, getter, None)
+        module = find() if callable(find) else None
+        own = [] if module is None else list(module.parameters(recurse=True))
+        return tuple(names[id(p)] for p in own if id(p) in names)
+
+    return of("get_input_embeddings"), of("get_output_embeddings")
+
+
+def _config_number(model: nn.Module, name: str) -> int:
+    """A number of the (text) configuration, under whatever name; 0 if there is none."""
+    config: Any = getattr(model, "config", None)
+    own = getattr(config, "get_text_config", None)
+    for candidate in (own(decoder=True) if callable(own) else config, config):
+        for key in (f"decoder_{name.removeprefix('num_')}", name):
+            value = getattr(candidate, key, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return 0
+
+
+def _strange(model: nn.Module, layer: int, projections: dict[str, nn.Module], reason: str) -> str:
+    shapes = ", ".join(f"{n} {tuple(p.weight.shape)}" for n, p in projections.items())  # type: ignore[arg-type]
+    return (
+        f"the heads of layer {layer} of {type(model).__name__} cannot be told apart: {reason} "
+        f"(found {shapes}). {_BY_HAND}"
+    )
+
+
+def _hooked_structure(model: nn.Module) -> ModelStructure:
+    """A TransformerLens model, whose parameters have the heads as their first axis."""
+    config: Any = model.cfg
+    heads = int(config.n_heads)
+    groups = int(getattr(config, "n_key_value_heads", None) or heads)
+    names = [name for name, _ in model.named_parameters()]
+    layers = []
+    for number in range(int(config.n_layers)):
+        inside = [n for n in names if n.startswith(f"blocks.{number}.")]
+        attention = [n for n in inside if re.search(r"\.attn\._?[Wb]_", n)]
+        slices = {}
+        for name in attention:
+            length = model.get_parameter(name).shape[0]
+            key_value = re.search(r"_[KV]$", name) is not None
+            if name.endswith("b_O") or length not in (heads, groups):
+                continue
+            if key_value and length == groups != heads:
+                slices[name] = HeadSlices(0, np.full(groups, -1), np.arange(groups))
+            else:
+                head = np.arange(heads)
+                slices[name] = HeadSlices(0, head, head * groups // heads)
+        layers.append(
+            Layer(
+                parameters=tuple(inside),
+                attention=tuple(attention),
+                mlp=tuple(n for n in inside if re.search(r"\.mlp\.(?!.*\bln\b)", n)),
+                num_heads=heads,
+                num_groups=groups,
+                head_size=int(config.d_head),
+                heads=slices,
+            )
+        )
+    return ModelStructure(
+        tuple(layers),
+        tuple(n for n in names if n == "embed.W_E"),
+        tuple(n for n in names if n.startswith("unembed.")),
+    )
