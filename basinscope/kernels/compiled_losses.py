@@ -35,9 +35,12 @@ EXP = (
 @jit
 def token_losses(
     first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
-    storage: Any, half: Any, targets: Any, loss: Any, lse: Any,
+    storage: Any, half: Any, targets: Any, loss: Any, level: Any,
 ) -> None:  # fmt: skip
-    """Loss and log-sum-exp of rows ``first`` to ``last - 1`` of logits (A, inner, V)."""
+    """Losses and levels of rows ``first`` to ``last - 1`` of logits (A, inner, V).
+
+    A level is a row's maximum and the logarithm of the sum of exponentials above it.
+    """
     scratch = np.empty(vocabulary, np.float32)
     for row in range(first, last):
         start = row // inner * strides[0] + row % inner * strides[1]
@@ -48,13 +51,14 @@ def token_losses(
             total += _sum_of_exponentials(x[c : c + _CHUNK], top)
         log_total = np.float32(np.log(total))
         loss[row] = log_total - (x[targets[row]] - top)
-        lse[row] = top + log_total
+        level[0, row] = top
+        level[1, row] = log_total
 
 
 @jit
 def token_gradients(
     first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
-    storage: Any, half: Any, targets: Any, lse: Any, upstream: Any,
+    storage: Any, half: Any, targets: Any, level: Any, upstream: Any,
     gradient: int, gradient_strides: Any,
 ) -> None:  # fmt: skip
     """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``; may replace the logits."""
@@ -67,10 +71,10 @@ def token_gradients(
         if half is None:
             if x.ctypes.data != out.ctypes.data:
                 out[:] = x
-            _to_scaled_exponentials(out, lse[row], upstream[row])
+            _to_scaled_exponentials(out, level[0, row], level[1, row], upstream[row])
             out[targets[row]] -= upstream[row]
         else:
-            _to_scaled_exponentials(x, lse[row], upstream[row])
+            _to_scaled_exponentials(x, level[0, row], level[1, row], upstream[row])
             x[targets[row]] -= upstream[row]
             narrow(x, out, half)
 
@@ -99,10 +103,10 @@ def _sum_of_exponentials(x: Any, top: Any) -> Any:
 
 
 @numba.njit(**OPTIONS)
-def _to_scaled_exponentials(x: Any, lse: Any, factor: Any) -> None:
+def _to_scaled_exponentials(x: Any, top: Any, log_total: Any, factor: Any) -> None:
     """In place: a second array would have to be proven disjoint before the loop vectorises."""
     for i in range(np.uint64(x.size)):
-        x[i] = _exp(x[i] - lse) * factor
+        x[i] = _exp((x[i] - top) - log_total) * factor
 
 
 @numba.njit(forceinline=True, **OPTIONS)

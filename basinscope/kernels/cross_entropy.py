@@ -1,8 +1,9 @@
 """Per-token cross-entropy of logits: logsumexp(logits) - logits[target], in float32.
 
 No tensor of the logits' size is made in the forward pass: what is kept for the backward pass is
-the logits themselves and one log-sum-exp per token. A logit that is not finite shows in its
-token's loss, so callers need no separate look at the logits.
+the logits themselves and each token's level: their maximum, and the logarithm of the sum of
+exponentials above it. The two are kept apart, for their sum would round the gradient. A logit that
+is not finite shows in its token's loss, so callers need no separate look at the logits.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def next_token_cross_entropy(
 def _losses(rows: Tensor, targets: Tensor, reuse: bool, path: str) -> Tensor:
     """Losses of logits (A, B, V) whose first positions along B have targets."""
     kernels = kernels_for(paths.resolve(path, rows.device.type))
-    flat = targets.reshape(-1).to(torch.int64)
+    flat = targets.reshape(-1).to(torch.int64).contiguous()
     used = targets.shape[-1] if targets.ndim else 1
     if torch.is_grad_enabled() and rows.requires_grad:
         loss: Tensor = _TokenCrossEntropy.apply(rows, flat, used, kernels, reuse)
@@ -103,18 +104,19 @@ class _TokenCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, targets: Tensor, used: int, kernels: ModuleType, reuse: bool
     ) -> Tensor:
-        loss, lse = kernels.forward(rows.detach()[:, :used], targets)
-        ctx.save_for_backward(rows, targets, lse)
-        ctx.used, ctx.kernels, ctx.reuse = used, kernels, reuse
+        loss, level = kernels.forward(rows.detach()[:, :used], targets)
+        ctx.save_for_backward(rows, targets, level)
+        shared = any(rows.stride(d) == 0 and rows.shape[d] > 1 for d in range(rows.ndim))
+        ctx.used, ctx.kernels, ctx.reuse = used, kernels, reuse and not shared
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        rows, targets, lse = ctx.saved_tensors
+        rows, targets, level = ctx.saved_tensors
         gradient = rows.detach() if ctx.reuse else torch.empty_like(rows)
         ctx.kernels.backward(
-            rows[:, : ctx.used], targets, lse, upstream.contiguous(), gradient[:, : ctx.used]
+            rows[:, : ctx.used], targets, level, upstream.contiguous(), gradient[:, : ctx.used]
         )
         gradient[:, ctx.used :].zero_()
         if ctx.reuse:
@@ -157,7 +159,8 @@ def kernels_for(path: str) -> ModuleType:
     """The module of a path: ``forward(rows, targets)`` and ``backward(..., upstream, out)``.
 
     Rows are logits (A, B, V) with a contiguous last dimension, `targets` int64 (A * B,);
-    ``forward`` gives loss and log-sum-exp, float32 (A * B,); ``backward`` writes the gradient
+    ``forward`` gives losses (A * B,) and levels (2, A * B), float32: maximum and logarithm of the
+    sum of exponentials above it; ``backward`` writes the gradient
     (softmax - one hot) * upstream to `out`, of the rows' shape and dtype, or the rows themselves.
     """
     if path == "cpu":

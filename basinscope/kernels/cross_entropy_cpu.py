@@ -16,15 +16,15 @@ _COST = 0.3  # nanoseconds per logit on one thread
 
 
 def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp, float32 of shape (A * B,), for logits (A, B, V)."""
+    """Losses (A * B,) and levels (2, A * B), float32, for logits (A, B, V)."""
     rows = _in_range(rows)
     loss = torch.empty(targets.shape, dtype=torch.float32)
-    lse = torch.empty_like(loss)
-    _for_rows(compiled_losses.token_losses, rows, targets, loss.numpy(), lse.numpy())
-    return loss, lse
+    level = torch.empty((2, len(loss)), dtype=torch.float32)
+    _for_rows(compiled_losses.token_losses, rows, targets, loss.numpy(), level.numpy())
+    return loss, level
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+def backward(rows: Tensor, targets: Tensor, level: Tensor, upstream: Tensor, out: Tensor) -> None:
     """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
     used = _in_range(rows)
     direct = out.dtype == used.dtype
@@ -33,7 +33,7 @@ def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: 
         compiled_losses.token_gradients,
         used,
         targets,
-        lse.numpy(),
+        level.contiguous().numpy(),
         upstream.numpy(),
         gradient.data_ptr(),
         np.array(gradient.stride(), dtype=np.int64),

@@ -7,18 +7,19 @@ from torch import Tensor
 
 
 def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp, float32 of shape (A * B,), for logits (A, B, V)."""
+    """Losses (A * B,) and levels (2, A * B), float32, for logits (A, B, V)."""
     values = rows.to(torch.float32).flatten(0, 1)
     top = values.amax(dim=-1, keepdim=True)
     shifted = values - top
     log_total = shifted.exp().sum(dim=-1).log()
     loss = log_total - shifted.gather(-1, targets[:, None]).squeeze(-1)
-    return loss, top.squeeze(-1) + log_total
+    return loss, torch.stack([top.squeeze(-1), log_total])
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+def backward(rows: Tensor, targets: Tensor, level: Tensor, upstream: Tensor, out: Tensor) -> None:
     """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
-    gradient = (rows.to(torch.float32).flatten(0, 1) - lse[:, None]).exp_()
+    top, log_total = level[..., None]
+    gradient = (rows.to(torch.float32).flatten(0, 1) - top).sub_(log_total).exp_()
     gradient.mul_(upstream[:, None])
     gradient.scatter_add_(-1, targets[:, None], -upstream[:, None])
     out.copy_(gradient.view(rows.shape))

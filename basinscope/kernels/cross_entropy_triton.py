@@ -11,27 +11,28 @@ _MAX_BLOCK = 4096
 
 
 def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp, float32 of shape (A * B,), for logits (A, B, V)."""
+    """Losses (A * B,) and levels (2, A * B), float32, for logits (A, B, V)."""
     loss = torch.empty(targets.shape, dtype=torch.float32, device=rows.device)
-    lse = torch.empty_like(loss)
+    level = torch.empty((2, len(loss)), dtype=torch.float32, device=rows.device)
     if loss.numel():
         _, inner, vocabulary = rows.shape
         outer_stride, inner_stride, _ = rows.stride()
         with torch.cuda.device_of(rows):
             loss_kernel[(loss.numel(),)](
-                rows, outer_stride, inner_stride, inner, vocabulary, targets, loss, lse,
+                rows, outer_stride, inner_stride, inner, vocabulary, targets, loss, level,
                 **_shape_of_program(vocabulary),
             )  # fmt: skip
-    return loss, lse
+    return loss, level
 
 
-def backward(rows: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, out: Tensor) -> None:
+def backward(rows: Tensor, targets: Tensor, level: Tensor, upstream: Tensor, out: Tensor) -> None:
     """Write the gradient (softmax - one hot) * upstream to ``out``, which may be the rows."""
-    if lse.numel():
+    if targets.numel():
         _, inner, vocabulary = rows.shape
         with torch.cuda.device_of(rows):
-            gradient_kernel[(lse.numel(),)](
-                rows, *rows.stride()[:2], out, *out.stride()[:2], inner, vocabulary, targets, lse,
+            gradient_kernel[(targets.numel(),)](
+                rows, *rows.stride()[:2], out, *out.stride()[:2], inner, vocabulary, targets,
+                level.contiguous(),
                 upstream, **_shape_of_program(vocabulary),
             )  # fmt: skip
 
@@ -43,7 +44,7 @@ def _shape_of_program(vocabulary: int) -> dict[str, int]:
 
 @triton.jit
 def loss_kernel(  # type: ignore[no-untyped-def]
-    logits, outer_stride, inner_stride, inner, vocabulary, targets, loss, lse, BLOCK: tl.constexpr
+    logits, outer_stride, inner_stride, inner, vocabulary, targets, loss, level, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     row = logits + (token // inner) * outer_stride + (token % inner) * inner_stride
@@ -65,7 +66,8 @@ def loss_kernel(  # type: ignore[no-untyped-def]
     known = (wanted >= 0) & (wanted < vocabulary)
     target = tl.load(row + wanted, mask=known, other=float("nan")).to(tl.float32)
     tl.store(loss + token, log_total - (target - peak))
-    tl.store(lse + token, peak + log_total)
+    tl.store(level + token, peak)
+    tl.store(level + tl.num_programs(0) + token, log_total)
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     inner,
     vocabulary,
     targets,
-    lse,
+    level,
     upstream,
     BLOCK: tl.constexpr,
 ):
@@ -90,11 +92,12 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     out = gradient + a * gradient_outer_stride + b * gradient_inner_stride
     target = tl.load(targets + token)
     scale = tl.load(upstream + token)
-    level = tl.load(lse + token)
+    peak = tl.load(level + token)
+    log_total = tl.load(level + tl.num_programs(0) + token)
     lanes = tl.arange(0, BLOCK)
     for start in range(0, vocabulary, BLOCK):
         where = start + lanes
         inside = where < vocabulary
         x = tl.load(row + where, mask=inside, other=0.0).to(tl.float32)
-        slope = (tl.exp(x - level) - tl.where(where == target, 1.0, 0.0)) * scale
+        slope = (tl.exp((x - peak) - log_total) - tl.where(where == target, 1.0, 0.0)) * scale
         tl.store(out + where, slope.to(gradient.dtype.element_ty), mask=inside)

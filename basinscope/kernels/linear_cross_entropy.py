@@ -40,8 +40,8 @@ class Head:
 class Kept:
     """What the forward pass leaves for the backward pass."""
 
-    lse: Tensor  # (N,) log-sum-exp, float32
-    gradients: Gradients | None = None  # as they are if every token's upstream gradient is 1 / N
+    level: Tensor  # (2, N) float32: maximum, and log of the sum of exponentials above it
+    gradients: Gradients | None = None  # for an upstream gradient of 1 / N, before rounding
 
 
 class HeadKernels(Protocol):
@@ -122,7 +122,7 @@ def linear_token_cross_entropy(
     _check(hidden, weight, targets, bias, scale, softcap)
     kernels = _kernels_for(paths.resolve(path, device), hidden.dtype)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    flat = targets.reshape(-1).to(torch.int64)
+    flat = targets.reshape(-1).to(torch.int64).contiguous()
     loss: Tensor
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
@@ -158,7 +158,7 @@ class _LinearTokenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, targets = ctx.saved_tensors
         head = Head(weight, bias, *ctx.factors)
-        kept, ctx.kept = ctx.kept, Kept(ctx.kept.lse)  # gradients are handed out once
+        kept, ctx.kept = ctx.kept, Kept(ctx.kept.level)  # gradients are handed out once
         gradients = ctx.kernels.backward(
             rows, head, targets, kept, upstream.contiguous(), ctx.wanted
         )
@@ -185,6 +185,8 @@ def _check(
             f"{width}, got {tuple(weight.shape)}"
         )
     vocabulary = weight.shape[0]
+    if not (width and vocabulary):
+        raise ValueError(f"a head of shape {tuple(weight.shape)} makes no logits")
     if bias is not None and bias.shape != (vocabulary,):
         raise ValueError(f"the bias must have shape ({vocabulary},), got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("bias", bias)):

@@ -29,17 +29,17 @@ class ChunkedKernels:
         self, rows: Tensor, head: Head, targets: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Kept]:
         loss = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-        lse = torch.empty_like(loss)
+        level = torch.empty((2, len(rows)), dtype=torch.float32, device=rows.device)
         # without a GPU to fill, the gradient is formed while the logits are at hand
         eager = any(wanted) and rows.device.type == "cpu"
         totals = _Totals(rows, head, wanted) if eager else None
         share = torch.full_like(loss, 1 / max(1, len(rows)))
         for part, hidden, logits in _stretches(rows, head):
-            loss[part], lse[part] = self._softmax.forward(logits[None], targets[part])
+            loss[part], level[:, part] = self._softmax.forward(logits[None], targets[part])
             if totals is not None:
-                self._to_slope(logits, targets[part], lse[part], share[part], head)
+                self._to_slope(logits, targets[part], level[:, part], share[part], head)
                 totals.add(part, hidden, logits)
-        return loss, Kept(lse, None if totals is None else totals.gradients())
+        return loss, Kept(level, None if totals is None else totals.gradients())
 
     def backward(
         self,
@@ -56,19 +56,19 @@ class ChunkedKernels:
                 for gradient in kept.gradients:
                     if gradient is not None:
                         gradient.mul_(ratio)
-            return kept.gradients
+            return _rounded(kept.gradients, rows.dtype)
         totals = _Totals(rows, head, wanted)
         for part, hidden, logits in _stretches(rows, head):
-            self._to_slope(logits, targets[part], kept.lse[part], upstream[part], head)
+            self._to_slope(logits, targets[part], kept.level[:, part], upstream[part], head)
             totals.add(part, hidden, logits)
-        return totals.gradients()
+        return _rounded(totals.gradients(), rows.dtype)
 
     def _to_slope(
-        self, logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, head: Head
+        self, logits: Tensor, targets: Tensor, level: Tensor, upstream: Tensor, head: Head
     ) -> None:
         """Turn logits into the gradient of what they were before scale and cap, in place."""
         bend = None if head.softcap is None else 1 - (logits / head.softcap).square_()
-        self._softmax.backward(logits[None], targets, lse, upstream, logits[None])
+        self._softmax.backward(logits[None], targets, level, upstream, logits[None])
         if bend is not None:
             logits.mul_(bend)
         if head.scale != 1:
@@ -80,7 +80,7 @@ class _Totals:
 
     def __init__(self, rows: Tensor, head: Head, wanted: tuple[bool, bool, bool]) -> None:
         dtype, device = _arithmetic(rows.dtype), rows.device
-        self._dtype, self._weight = rows.dtype, head.weight.to(dtype)
+        self._weight = head.weight.to(dtype)
 
         def empty(template: Tensor | None, is_wanted: bool) -> Tensor | None:
             if template is None or not is_wanted:
@@ -110,8 +110,12 @@ class _Totals:
             for gradient in found:
                 if gradient is not None:
                     gradient.zero_()
-        hidden, weight, bias = (None if g is None else g.to(self._dtype) for g in found)
-        return hidden, weight, bias
+        return found
+
+
+def _rounded(gradients: Gradients, dtype: torch.dtype) -> Gradients:
+    hidden, weight, bias = (None if g is None else g.to(dtype) for g in gradients)
+    return hidden, weight, bias
 
 
 def _stretches(rows: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -17,9 +17,11 @@ from torch import Tensor
 from basinscope.kernels.linear_cross_entropy import Gradients, Head, Kept
 
 TOKENS, WORDS, WIDTH = 128, 256, 64  # of a tile, and of one step of its product
+FEWER_WORDS = 128  # with a bias or a soft cap, for which a wide tile has too few registers
 SLOPE_BYTES = 2**28  # of the buffer of slopes
+# tanh(x) = x + x^3 TANH(x^2) for |x| <= 0.6, own Chebyshev fit, lowest power first
+TANH = tl.constexpr((-0.3333333, 0.13332924, -0.05387514, 0.02111622, -0.00627639))
 _PROGRAMS = 1024  # enough to fill a GPU evenly
-_LAUNCH = {"TOKENS": TOKENS, "WORDS": WORDS, "WIDTH": WIDTH, "num_warps": 8, "num_stages": 3}
 
 
 class FusedKernels:
@@ -29,11 +31,12 @@ class FusedKernels:
         self, rows: Tensor, head: Head, targets: Tensor, wanted: tuple[bool, bool, bool]
     ) -> tuple[Tensor, Kept]:
         tokens, vocabulary = len(rows), len(head.weight)
-        nothing = torch.empty(0, dtype=torch.float32, device=rows.device)
         if not tokens:
-            return nothing, Kept(nothing)
+            level = torch.empty((2, 0), dtype=torch.float32, device=rows.device)
+            return level[0], Kept(level)
+        launch = _launch(head)
         rows, weight = _by_rows(rows), _by_rows(head.weight)
-        blocks, tiles = triton.cdiv(tokens, TOKENS), triton.cdiv(vocabulary, WORDS)
+        blocks, tiles = triton.cdiv(tokens, TOKENS), triton.cdiv(vocabulary, launch["WORDS"])
         per_range = triton.cdiv(tiles, max(1, min(tiles, _PROGRAMS // blocks)))
         ranges = triton.cdiv(tiles, per_range)
         top, total = rows.new_empty((2, ranges, tokens), dtype=torch.float32)
@@ -41,12 +44,12 @@ class FusedKernels:
         with torch.cuda.device_of(rows):
             head_loss_kernel[(blocks, ranges)](
                 *_operands(rows, weight, head),
-                targets, top, total, picked, per_range, **_features(rows, head), **_LAUNCH,
+                targets, top, total, picked, per_range, **_features(rows, head), **launch,
             )  # fmt: skip
         # Joined here: ranges are few, and their order is fixed.
         peak = top.amax(0)
         log_total = (total * torch.exp(top - peak)).sum(0).log()
-        return log_total - (picked - peak), Kept(peak + log_total)
+        return log_total - (picked - peak), Kept(torch.stack([peak, log_total]))
 
     def backward(
         self,
@@ -58,35 +61,39 @@ class FusedKernels:
         wanted: tuple[bool, bool, bool],
     ) -> Gradients:
         tokens, vocabulary = len(rows), len(head.weight)
-        of_hidden = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
+        of_hidden = torch.zeros_like(rows, dtype=torch.float32) if wanted[0] else None
         of_weight = torch.zeros_like(head.weight) if wanted[1] else None
         of_bias = torch.zeros_like(head.bias) if head.bias is not None and wanted[2] else None
         if not tokens:
-            return of_hidden.to(rows.dtype), of_weight, of_bias
+            return None if of_hidden is None else of_hidden.to(rows.dtype), of_weight, of_bias
+        launch = _launch(head)
+        tile = launch["WORDS"]
         rows, weight = _by_rows(rows), _by_rows(head.weight)
         # slopes are stored in units of the largest upstream gradient, so that small ones survive
         unit = upstream.abs().amax()
         relative = torch.where(unit > 0, upstream / unit, upstream)
-        stretch = max(WORDS, SLOPE_BYTES // (2 * tokens) // WORDS * WORDS)
+        stretch = max(tile, SLOPE_BYTES // (2 * tokens) // tile * tile)
         buffer = rows.new_empty(tokens * min(stretch, vocabulary))
         for start in range(0, vocabulary, stretch):
             part = slice(start, min(start + stretch, vocabulary))
             words = part.stop - start
             slopes = buffer[: tokens * words].view(tokens, words)
-            grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(words, WORDS))
+            grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(words, tile))
             with torch.cuda.device_of(rows):
                 head_slope_kernel[grid](
                     *_operands(rows, weight, head),
-                    targets, kept.lse, relative, slopes, start, words,
-                    **_features(rows, head), **_LAUNCH,
+                    targets, kept.level, relative, slopes, start, words,
+                    **_features(rows, head), **launch,
                 )  # fmt: skip
-            if wanted[0]:
+            if of_hidden is not None:
                 of_hidden += _product(slopes, weight[part])
             if of_weight is not None:
                 of_weight[part] = _product(slopes.t(), rows).mul_(unit)
             if of_bias is not None:
                 of_bias[part] = slopes.sum(0, dtype=torch.float32).mul_(unit)
-        return of_hidden.mul_(unit).to(rows.dtype) if wanted[0] else None, of_weight, of_bias
+        if of_hidden is not None:
+            of_hidden = of_hidden.mul_(unit).to(rows.dtype)
+        return of_hidden, of_weight, of_bias
 
 
 def _by_rows(matrix: Tensor) -> Tensor:
@@ -97,6 +104,12 @@ def _operands(rows: Tensor, weight: Tensor, head: Head) -> tuple[object, ...]:
     bias = rows if head.bias is None else head.bias.contiguous()
     sizes = (len(rows), len(weight), rows.shape[1], rows.stride(0), weight.stride(0))
     return (rows, weight, bias, *sizes, head.scale, head.softcap or 1.0)
+
+
+def _launch(head: Head) -> dict[str, int]:
+    plain = head.bias is None and head.softcap is None
+    words = WORDS if plain else FEWER_WORDS
+    return {"TOKENS": TOKENS, "WORDS": words, "WIDTH": WIDTH, "num_warps": 8, "num_stages": 3}
 
 
 def _features(rows: Tensor, head: Head) -> dict[str, bool]:
@@ -113,7 +126,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """The float32 product of 16-bit matrices."""
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float()
 
 
 @triton.jit
@@ -153,7 +167,7 @@ def head_loss_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def head_slope_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, bias, tokens, vocabulary, width, hidden_stride, weight_stride, scale, softcap,
-    targets, lse, upstream, slopes, start, count,
+    targets, level, upstream, slopes, start, count,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -167,10 +181,12 @@ def head_slope_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     inside = rows < tokens
     target = tl.load(targets + rows, mask=inside, other=-1)
-    level = tl.load(lse + rows, mask=inside, other=0.0)
+    peak = tl.load(level + rows, mask=inside, other=0.0)
+    log_total = tl.load(level + tokens + rows, mask=inside, other=0.0)
     weighting = tl.load(upstream + rows, mask=inside, other=0.0) * scale
     hit = words[None, :] == target[:, None]
-    slope = (tl.exp(logits - level[:, None]) - tl.where(hit, 1.0, 0.0)) * weighting[:, None]
+    share = tl.exp((logits - peak[:, None]) - log_total[:, None])
+    slope = (share - tl.where(hit, 1.0, 0.0)) * weighting[:, None]
     if SOFTCAP:
         bent = logits / softcap
         slope = slope * (1.0 - bent * bent)
@@ -209,5 +225,16 @@ def logits_tile(  # type: ignore[no-untyped-def]
         logits += tl.load(bias + word).to(tl.float32)[None, :]
     logits *= scale
     if SOFTCAP:
-        logits = softcap * (2.0 * tl.sigmoid(2.0 / softcap * logits) - 1.0)
+        logits = softcap * tanh(logits / softcap)
     return logits
+
+
+@triton.jit
+def tanh(x):  # type: ignore[no-untyped-def]
+    """To float32's precision, relative to its own size, also near zero."""
+    z = x * x
+    p = tl.zeros_like(z) + TANH[4]
+    for i in tl.static_range(4):
+        p = p * z + TANH[3 - i]
+    far = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return tl.where(z < 0.36, x + x * (z * p), far)

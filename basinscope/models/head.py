@@ -74,7 +74,7 @@ def hidden_states(model: nn.Module, head: LinearHead, input_ids: Tensor) -> Tens
 
     def keep(hidden: Tensor) -> Tensor:
         reached.append(hidden)
-        return hidden
+        return hidden.detach().clone()  # which the model may change in place
 
     with _replaced(linear_of(model, head), keep):
         token_logits(model, input_ids)
@@ -96,7 +96,8 @@ def _output_embeddings(model: nn.Module) -> nn.Linear:
         raise NoLinearHeadError(f"{type(model).__name__} names no output embeddings")
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise NoLinearHeadError(f"its head is a {type(module).__name__}, not an nn.Linear")
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, kind) for kind in hooks) or "forward" in vars(module):
         raise NoLinearHeadError("its head has hooks")
     return module
 
@@ -135,14 +136,14 @@ def _what_follows(
 
 
 def _ramp(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Numbers of both signs from 1/8 to 8192, no two neighbours alike, exact in 16 bits."""
+    """Numbers of both signs from 1/8 to 16384, no two alike in up to a million."""
     count = 1
     for size in shape:
         count *= size
     step = torch.arange(count, device=like.device)
     sign = 1 - 2 * ((step * 5 // 3) % 2)
     exponent = (step * 7) % 17 - 3
-    mantissa = 1 + ((step * 11) % 8) / 16
+    mantissa = 1 + ((step * 48271) % 2**20).float() / 2**20
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return (sign * mantissa * torch.exp2(exponent.float())).to(dtype).view(shape)
 
@@ -152,7 +153,7 @@ def _scale_and_cap(given: Tensor, made: Tensor, tolerance: float) -> tuple[float
     smallest = given.abs().argmin()
     scale = float(made.flatten()[smallest] / given.flatten()[smallest])
     straight = float(made.flatten()[largest] / given.flatten()[largest])
-    if _agree(made, straight * given, tolerance):
+    if straight and _agree(made, straight * given, tolerance):
         return _rounded(straight), None
     cap = float(made.flatten()[largest].abs())
     for _ in range(3):  # the slope at zero, for what the cap already bends there
@@ -176,7 +177,7 @@ def _rounded(value: float) -> float:
     """The number that a configuration file would hold, where it is as good as the one found."""
     for digits in range(1, 8):
         short = float(f"{value:.{digits}g}")
-        if abs(short - value) <= 1e-6 * abs(value):
+        if abs(short - value) <= 1.2e-7 * abs(value):
             return short
     return value
 

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from basinscope.models.structure import (
     Layer,
     ModelStructure,
-    UnknownStructureError,
     find_structure,
 )
 

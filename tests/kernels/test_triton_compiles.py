@@ -52,7 +52,7 @@ LOSS = """
     for logits in ("*fp32", "*bf16"):
         types = {
             "logits": logits, "gradient": logits, "targets": "*i64", "loss": "*fp32",
-            "lse": "*fp32", "upstream": "*fp32",
+            "level": "*fp32", "upstream": "*fp32",
         }
         build(cross_entropy_triton.loss_kernel, types, BLOCK=4096)
         build(cross_entropy_triton.gradient_kernel, types, BLOCK=4096)
@@ -60,9 +60,8 @@ LOSS = """
 # As a launch sees them: pointers and sizes that are multiples of 16, so that loads are pipelined.
 HEAD = """
     module = linear_cross_entropy_triton
-    tile = dict(module._LAUNCH)
-    options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-    pointers = "targets top_of total_of picked lse upstream".split()
+    Head = module.Head
+    pointers = "targets top_of total_of picked level upstream".split()
     matrices = ("hidden", "weight", "bias", "slopes")
     sizes = "tokens vocabulary width hidden_stride weight_stride start count".split()
     shared_memory = {89: 101_376, 90: 232_448}  # bytes that a program may have
@@ -76,6 +75,10 @@ HEAD = """
         }
         for kernel in (module.head_loss_kernel, module.head_slope_kernel):
             for bias, softcap, even in features:
+                some = object()
+                head = Head(None, some if bias else None, 1.0, 30.0 if softcap else None)
+                tile = module._launch(head)
+                options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
                 for capability, limit in shared_memory.items():
                     compiled = build(
                         kernel, types, aligned={*pointers, *matrices, *sizes},
