@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from basinscope.analysis.susceptibilities import compute_susceptibilities
     from basinscope.api import bif, llc, plan, susceptibilities
     from basinscope.io.store import open_store
+    from basinscope.models.preview import preview_weight_restriction
+    from basinscope.models.restrictions import all_heads, all_layers, create_param_masks
     from basinscope.sampling.sample import sample
     from basinscope.sampling.tokenize import tokenize_and_concatenate
 
@@ -28,19 +30,27 @@ _HOME = {
     "compute_llc": "basinscope.analysis.llc",
     "compute_bif": "basinscope.analysis.bif",
     "compute_susceptibilities": "basinscope.analysis.susceptibilities",
+    "create_param_masks": "basinscope.models.restrictions",
+    "all_heads": "basinscope.models.restrictions",
+    "all_layers": "basinscope.models.restrictions",
+    "preview_weight_restriction": "basinscope.models.preview",
     "open_store": "basinscope.io.store",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
 }
 
 __all__ = [
     "__version__",
+    "all_heads",
+    "all_layers",
     "bif",
     "compute_bif",
     "compute_llc",
     "compute_susceptibilities",
+    "create_param_masks",
     "llc",
     "open_store",
     "plan",
+    "preview_weight_restriction",
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",
