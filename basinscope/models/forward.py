@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,3 +81,17 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     if is_transformer_lens(model):
         return model.to(device, print_details=False)  # type: ignore[call-overload]
     return model.to(device)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module do something else for a while."""
+    kept = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if kept is None:
+            del module.forward  # falls back to its class's
+        else:
+            module.forward = kept

@@ -6,15 +6,13 @@ makes of them, so no table of architectures is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.forward import is_hugging_face, token_logits
+from basinscope.models.forward import is_hugging_face, replaced_forward, token_logits
 
 
 class NoLinearHeadError(ValueError):
@@ -76,7 +74,7 @@ def hidden_states(model: nn.Module, head: LinearHead, input_ids: Tensor) -> Tens
         reached.append(hidden)
         return hidden.detach().clone()  # which the model may change in place
 
-    with _replaced(linear_of(model, head), keep):
+    with replaced_forward(linear_of(model, head), keep):
         token_logits(model, input_ids)
     return reached[0]
 
@@ -118,7 +116,7 @@ def _what_follows(
         return given[-1].clone()
 
     try:
-        with _replaced(module, answer):
+        with replaced_forward(module, answer):
             made = token_logits(model, input_ids)
     except NoLinearHeadError:
         raise
@@ -180,13 +178,3 @@ def _rounded(value: float) -> float:
         if abs(short - value) <= 1.2e-7 * abs(value):
             return short
     return value
-
-
-@contextmanager
-def _replaced(module: nn.Linear, forward: Any) -> Iterator[None]:
-    """Let a module do something else for a while."""
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward  # falls back to its class's

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from basinscope.models.structure import (
     Layer,
     ModelStructure,
+    UnknownStructureError,
     find_structure,
 )
 
@@ -59,7 +60,7 @@ def create_param_masks(model: nn.Module, restriction: str | Sequence[str]) -> Pa
         If it names no part of this model: a layer, head or group out of range (with the range), or
         no known pattern (with the patterns).
     UnknownStructureError
-        If the model's own structure could not be found; says what was.
+        If the model's own structure, or the heads of the layer, could not be found; says what was.
     """
     if isinstance(restriction, str):
         return _masks_of(model, restriction)
@@ -88,23 +89,30 @@ def all_layers(model: nn.Module, part: str = "") -> dict[str, ParamMasks]:
 
 
 def all_heads(model: nn.Module) -> dict[str, ParamMasks]:
-    """Make the restrictions to each attention head, "l0h0", "l0h1", ... layer by layer."""
-    return {
-        f"l{number}h{head}": _masks_of(model, f"l{number}h{head}")
-        for number, layer in enumerate(structure_of(model).layers)
-        for head in range(layer.num_heads)
-    }
+    """Make the restrictions to each attention head, "l0h0", "l0h1", ... layer by layer.
 
-
-def structure_of(model: nn.Module) -> ModelStructure:
-    """Find a model's structure, once per model."""
-    found = _structures.get(model)
-    if found is None:
-        found = _structures[model] = find_structure(model)
+    Layers without attention are left out; one whose heads are not understood raises
+    ``UnknownStructureError``.
+    """
+    found = {}
+    for number, layer in enumerate(structure_of(model).layers):
+        if layer.unknown:
+            raise UnknownStructureError(layer.unknown)
+        for head in range(layer.num_heads):
+            found[f"l{number}h{head}"] = _masks_of(model, f"l{number}h{head}")
     return found
 
 
-_structures: WeakKeyDictionary[nn.Module, ModelStructure] = WeakKeyDictionary()
+def structure_of(model: nn.Module) -> ModelStructure:
+    """Find a model's structure, once per model, and again when its parameters are others."""
+    parameters = tuple((name, tuple(p.shape)) for name, p in model.named_parameters())
+    found = _structures.get(model)
+    if found is None or found[0] != parameters:
+        found = _structures[model] = (parameters, find_structure(model))
+    return found[1]
+
+
+_structures: WeakKeyDictionary[nn.Module, tuple[object, ModelStructure]] = WeakKeyDictionary()
 
 
 def _masks_of(model: nn.Module, restriction: str, empty_is_fine: bool = False) -> ParamMasks:
@@ -159,6 +167,8 @@ def _head_masks(
     model: nn.Module, layer: Layer, kind: str, index: int, restriction: str
 ) -> ParamMasks:
     word, count = ("head", layer.num_heads) if kind == "h" else ("group", layer.num_groups)
+    if layer.unknown:
+        raise UnknownStructureError(f"{restriction!r}: {layer.unknown}")
     if count == 0:
         raise ValueError(f"{restriction!r}: this layer has no attention heads")
     if index >= count:

@@ -2,16 +2,17 @@
 
 Layers come from the module tree. Which rows and columns belong to a head is found by trying: a few
 tokens go through the model, and the gradient of what a head passes to the output projection shows
-which features of the other projections it reads. No architecture has a table, fused and grouped
-projections in whatever order included.
+which features of the other projections it reads. The projections give made-up numbers meanwhile,
+and norms inside an attention let theirs through: what is found holds for any weights. No
+architecture has a table, fused and grouped projections in whatever order included.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -61,13 +62,15 @@ class Layer:
     ----------
     parameters, attention, mlp : tuple of str
         All of them; those of the attention's projections; those of the MLP, every expert
-        included. Norms are in ``parameters`` only.
+        included. Norms, cross-attention and convolutions over tokens are in ``parameters`` only.
     num_heads, num_groups : int
         Query heads, and key-value heads; 0 without attention.
     head_size : int
         Width of what one head passes to the output projection.
     heads : dict of str to HeadSlices
         The parameters that are cut into heads.
+    unknown : str
+        Why there is an attention but no heads were found; empty otherwise.
     """
 
     parameters: tuple[str, ...]
@@ -77,6 +80,7 @@ class Layer:
     num_groups: int
     head_size: int
     heads: dict[str, HeadSlices]
+    unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,46 +103,82 @@ class ModelStructure:
 def find_structure(model: nn.Module) -> ModelStructure:
     """Find the parts of a Hugging Face causal LM or a TransformerLens model.
 
+    An attention whose heads cannot be told apart has none, and its layer says why.
+
     Raises
     ------
     UnknownStructureError
-        If the model has no layers, or an attention whose heads cannot be told apart; says what
-        was found.
+        If the model has no layers; says what was found.
     """
     if is_transformer_lens(model):
         return _hooked_structure(model)
     lists = _layer_lists(model)
     parts = [_parts_of_layer(model, lists, number) for number in range(len(lists[0][1]))]
-    probes = _probe(model, [attention for _, attention in parts])
+    try:
+        probes: Sequence[_Seen | str] = _probe(model, [attention for _, attention in parts])
+    except UnknownStructureError as error:
+        probes = [str(error)] * len(parts)
+    canonical = _canonical_names(model)
     layers = []
-    known: dict[tuple[Any, ...], tuple[int, int, int, dict[str, HeadSlices]]] = {}
+    known: dict[tuple[Any, ...], _Heads] = {}
     for number, ((names, attention), seen) in enumerate(zip(parts, probes, strict=True)):
         projections = _projections(model, attention)
         kind = tuple((local, tuple(p.weight.shape)) for local, p in _local(projections))
         if kind not in known:
-            known[kind] = _heads_of(model, projections, seen, number)
-        num_heads, num_groups, size, slices = known[kind]
+            known[kind] = _heads_or_why(model, projections, seen, number)
+        found = known[kind]
         heads = {
-            f"{name}.{leaf}": slices[f"{local}.{leaf}"]
-            for (name, _), (local, _) in zip(projections.items(), _local(projections), strict=True)
+            canonical[id(getattr(module, leaf))]: found.slices[f"{local}.{leaf}"]
+            for local, module in _local(projections)
             for leaf in ("weight", "bias")
-            if f"{local}.{leaf}" in slices
+            if f"{local}.{leaf}" in found.slices
         }
-        heads |= _sinks(model, names["attention"], num_heads, num_groups)
+        heads |= _sinks(model, names["attention"], found.num_heads, found.num_groups)
         order = {name: place for place, name in enumerate(names["parameters"])}
-        ordered = dict(sorted(heads.items(), key=lambda item: order[item[0]]))
         layers.append(
             Layer(
                 parameters=names["parameters"],
                 attention=names["attention"],
                 mlp=names["mlp"],
-                num_heads=num_heads,
-                num_groups=num_groups,
-                head_size=size,
-                heads=ordered,
+                num_heads=found.num_heads,
+                num_groups=found.num_groups,
+                head_size=found.size,
+                heads=dict(sorted(heads.items(), key=lambda item: order[item[0]])),
+                unknown=found.unknown,
             )
         )
     return ModelStructure(tuple(layers), *_embeddings(model))
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What :class:`Layer` says of heads, for layers of one kind."""
+
+    num_heads: int = 0
+    num_groups: int = 0
+    size: int = 0
+    slices: dict[str, HeadSlices] = field(default_factory=dict)
+    unknown: str = ""
+
+
+def layer_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that are a model's layers, in order.
+
+    Raises
+    ------
+    UnknownStructureError
+        If there is no list of layers, or if the parts of layers are kept in several lists.
+    """
+    if is_transformer_lens(model):
+        return [f"blocks.{number}" for number in range(int(model.cfg.n_layers))]  # type: ignore[union-attr,arg-type]
+    lists = _layer_lists(model)
+    if len(lists) > 1:
+        raise UnknownStructureError(
+            f"the layers of {type(model).__name__} are spread over {len(lists)} lists: "
+            f"{', '.join(name for name, _ in lists)}"
+        )
+    ((name, modules),) = lists
+    return [f"{name}.{number}" for number in range(len(modules))]
 
 
 def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
@@ -178,22 +218,36 @@ def _parts_of_layer(
     attention: list[str] = []
     cross: list[str] = []
     norms: list[str] = []
+    convolutions: list[str] = []
     for prefix in prefixes:
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
             if name != prefix and _CROSS.search(name.rpartition(".")[2]):
                 cross.append(name)
-            elif _NORM.search(type(module).__name__) and not list(module.children()):
+            elif _is_norm(module):
                 norms.append(name)
-            elif _is_attention(module):
+            elif isinstance(module, nn.Conv1d):
+                parent = name.rpartition(".")[0]
+                convolutions.append(name if parent in prefixes else parent)
+            elif _is_attention(module) and (name != prefix or len(lists) > 1):
                 attention.append(name)
     own = [n for n in _outermost(attention) if not _within(n, cross)]
-    parameters = [n for n, _ in model.named_parameters() if _within(n, prefixes)]
-    plain = [n for n in parameters if not _within(n, norms) and not _within(n, cross)]
+    canonical = _canonical_names(model)
+    inside = {
+        local: canonical[id(parameter)]
+        for prefix in prefixes
+        for local, parameter in model.get_submodule(prefix).named_parameters(prefix=prefix)
+    }
+    plain = {n: c for n, c in inside.items() if not _within(n, norms) and not _within(n, cross)}
     return {
-        "parameters": tuple(parameters),
-        "attention": tuple(n for n in plain if _within(n, own)),
-        "mlp": tuple(n for n in plain if not _within(n, own)),
+        "parameters": tuple(inside.values()),
+        "attention": tuple(c for n, c in plain.items() if _within(n, own)),
+        "mlp": tuple(c for n, c in plain.items() if not _within(n, [*own, *convolutions])),
     }, own
+
+
+def _canonical_names(model: nn.Module) -> dict[int, str]:
+    """By id, the one name of each parameter that ``named_parameters`` gives."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -204,8 +258,12 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _NORM.search(type(module).__name__) is not None and not list(module.children())
 
 
 def _outermost(names: list[str]) -> list[str]:
@@ -239,11 +297,14 @@ class _Seen:
     inputs: dict[str, Tensor]
 
 
-@torch.enable_grad()
 def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
-    """Run a few tokens, cutting the graph at every projection's output."""
+    """Run a few tokens, cutting the graph at every projection's output.
+
+    A projection gives made-up numbers: trained ones may be cut off, underflow, or be zero.
+    """
     seen = [_Seen({}, {}) for _ in attention]
     hooks = []
+    generator = torch.Generator().manual_seed(0)
     for record, prefixes in zip(seen, attention, strict=True):
         for name, module in _projections(model, prefixes).items():
 
@@ -256,13 +317,17 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
             ) -> Any:
                 if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
                     return None
+                made_up = torch.randn(output.shape, generator=generator) / 2
                 record.inputs[name] = args[0]
-                record.outputs[name] = output.detach().requires_grad_()
-                return record.outputs[name]
+                record.outputs[name] = made_up.to(output).requires_grad_()
+                return record.outputs[name].clone()  # models may write into it
 
             hooks.append(module.register_forward_hook(cut))
+        for prefix in prefixes:
+            for norm in filter(_is_norm, model.get_submodule(prefix).modules()):
+                hooks.append(norm.register_forward_hook(_let_through))
     try:
-        with _evaluating(model):
+        with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
             count = vocabulary_size(model) or 2
             device = next(model.parameters()).device
             ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) * 7919) % count
@@ -279,6 +344,13 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
     return seen
 
 
+def _let_through(module: nn.Module, args: Any, output: Any) -> Any:
+    """A norm over all heads would mix them; it leaves every feature in its place."""
+    if len(args) == 1 and isinstance(output, Tensor) and output.shape == args[0].shape:
+        return args[0].to(output.dtype)
+    return None
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
@@ -290,39 +362,58 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def _heads_of(
-    model: nn.Module, projections: dict[str, nn.Module], seen: _Seen, layer: int
-) -> tuple[int, int, int, dict[str, HeadSlices]]:
-    """Heads, groups, head size, and the slices of each projection's weight and bias."""
+def _heads_or_why(
+    model: nn.Module, projections: dict[str, nn.Module], seen: _Seen | str, layer: int
+) -> _Heads:
     if not projections:
-        return 0, 0, 0, {}
+        return _Heads()
+    if isinstance(seen, str):
+        return _Heads(unknown=seen)
+    try:
+        return _heads_of(model, projections, seen)
+    except UnknownStructureError as error:
+        shapes = ", ".join(f"{n} {tuple(p.weight.shape)}" for n, p in projections.items())  # type: ignore[arg-type]
+        return _Heads(
+            unknown=f"the heads of layer {layer} of {type(model).__name__} cannot be told apart: "
+            f"{error} (found {shapes}). {_BY_HAND}"
+        )
+
+
+def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) -> _Heads:
+    """Heads, groups, head size, and the slices of each projection's weight and bias."""
     names = list(seen.outputs)
     if len(names) < 2:
-        raise UnknownStructureError(_strange(model, layer, projections, "they were not all run"))
+        raise UnknownStructureError("they were not all run")
     last = names[-1]  # to run: the output projection
     passed = seen.inputs[last]
     width = passed.shape[-1]
     num_heads = _config_number(model, "num_attention_heads")
     if not num_heads or width % num_heads:
-        reason = f"the output projection takes {width} numbers, and there are {num_heads} heads"
-        raise UnknownStructureError(_strange(model, layer, projections, reason))
+        raise UnknownStructureError(
+            f"the output projection takes {width} numbers, and there are {num_heads} heads"
+        )
+    if not passed.requires_grad:
+        raise UnknownStructureError("no projection's output reaches the last one")
     size = width // num_heads
-    readers = _readers(passed, {n: seen.outputs[n] for n in names[:-1]}, num_heads)
+    tables = _readers(passed, {n: seen.outputs[n] for n in names[:-1]}, num_heads)
+    readers = {n: table for n, table in tables.items() if table.any()}
     local = dict(zip(projections, (n for n, _ in _local(projections)), strict=True))
     for num_groups in _possible_groups(model, readers, num_heads):
         slices: dict[str, HeadSlices] = {}
         for name, table in readers.items():
             found = _owners(table, num_heads, num_groups)
-            found = found or _in_order(table.shape[1], num_heads, num_groups, size)
-            if found is not None:
-                slices |= _of_module(local[name], projections[name], *found, output=False)
-        if any((s.head >= 0).any() for s in slices.values()):
-            heads = np.repeat(np.arange(num_heads), size)
-            own = (heads, heads * num_groups // num_heads)
-            slices |= _of_module(local[last], projections[last], *own, output=True)
-            return num_heads, num_groups, size, slices
-    reason = "no row of them belongs to one head alone"
-    raise UnknownStructureError(_strange(model, layer, projections, reason))
+            if found is None:
+                break
+            slices |= _of_module(local[name], projections[name], *found, output=False)
+        else:
+            if any((s.head >= 0).any() for s in slices.values()):
+                heads = np.repeat(np.arange(num_heads), size)
+                own = (heads, heads * num_groups // num_heads)
+                slices |= _of_module(local[last], projections[last], *own, output=True)
+                return _Heads(num_heads, num_groups, size, slices)
+    raise UnknownStructureError(
+        "no row belongs to one head alone, or some to other heads than those of a group"
+    )
 
 
 def _readers(
@@ -370,19 +461,6 @@ def _owners(
     return (head, group) if good.all() and (count > 0).any() else None
 
 
-def _in_order(
-    features: int, num_heads: int, num_groups: int, size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-    """Heads one after the other, where trying shows nothing (a norm over all of them)."""
-    if features == num_heads * size:
-        head = np.repeat(np.arange(num_heads), size)
-        return head, head * num_groups // num_heads
-    if features == num_groups * size:
-        group = np.repeat(np.arange(num_groups), size)
-        return np.full(features, -1), group
-    return None
-
-
 def _of_module(
     local: str,
     module: Any,
@@ -415,7 +493,7 @@ def _sinks(
 
 
 def _embeddings(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = _canonical_names(model)
 
     def of(getter: str) -> tuple[str, ...]:
         find = getattr(model, getter, None)
@@ -438,14 +516,6 @@ def _config_number(model: nn.Module, name: str) -> int:
     return 0
 
 
-def _strange(model: nn.Module, layer: int, projections: dict[str, nn.Module], reason: str) -> str:
-    shapes = ", ".join(f"{n} {tuple(p.weight.shape)}" for n, p in projections.items())  # type: ignore[arg-type]
-    return (
-        f"the heads of layer {layer} of {type(model).__name__} cannot be told apart: {reason} "
-        f"(found {shapes}). {_BY_HAND}"
-    )
-
-
 def _hooked_structure(model: nn.Module) -> ModelStructure:
     """A TransformerLens model, whose parameters have the heads as their first axis."""
     config: Any = model.cfg
@@ -453,7 +523,7 @@ def _hooked_structure(model: nn.Module) -> ModelStructure:
     groups = int(getattr(config, "n_key_value_heads", None) or heads)
     names = [name for name, _ in model.named_parameters()]
     layers = []
-    for number in range(int(config.n_layers)):
+    for number in range(int(getattr(config, "n_layers", 0))):
         inside = [n for n in names if n.startswith(f"blocks.{number}.")]
         attention = [n for n in inside if re.search(r"\.attn\._?[Wb]_", n)]
         slices = {}
@@ -477,6 +547,12 @@ def _hooked_structure(model: nn.Module) -> ModelStructure:
                 head_size=int(config.d_head),
                 heads=slices,
             )
+        )
+    if not any(layer.attention for layer in layers):
+        raise UnknownStructureError(
+            f"{type(model).__name__} has no parameters named blocks.0.attn.W_Q and so on, as a "
+            f"TransformerLens HookedTransformer has (its first are: {', '.join(names[:3])}). "
+            f"{_BY_HAND}"
         )
     return ModelStructure(
         tuple(layers),

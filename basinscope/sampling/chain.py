@@ -34,6 +34,7 @@ from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
+from basinscope.sampling.prefix import PrefixCache, prefix_cache
 from basinscope.sampling.replay import Replayed, own_stream
 
 
@@ -72,6 +73,7 @@ def run_chains(
         its share of torch's threads.
     """
     writer = BackgroundWriter(store.path, store.arrays)
+    prefix = prefix_cache(job, model)
     waiting = deque(chains)
 
     def work(copy_of_model: nn.Module) -> None:
@@ -80,6 +82,7 @@ def run_chains(
             copy_of_model,
             store,
             writer,
+            prefix,
             checkpoint_every=checkpoint_every,
             stop=stop,
             report=report,
@@ -138,6 +141,8 @@ class ChainRunner:
         A working copy of the job's model.
     store : SampleStore
     writer : BackgroundWriter
+    prefix : PrefixCache or None
+        Activations that no draw changes.
     checkpoint_every : int or None
         Draws between chain checkpoints.
     stop : StopRequest
@@ -153,6 +158,7 @@ class ChainRunner:
         model: nn.Module,
         store: SampleStore,
         writer: BackgroundWriter,
+        prefix: PrefixCache | None,
         *,
         checkpoint_every: int | None,
         stop: StopRequest,
@@ -161,6 +167,7 @@ class ChainRunner:
         profile_steps: tuple[int, int],
     ) -> None:
         self.job, self.model, self.store, self.writer = job, model, store, writer
+        self.prefix = prefix
         self.checkpoint_every, self.stop, self.report = checkpoint_every, stop, report
         self.clock = PhaseClock()
         self.profiler = StepProfiler(profile, profile_steps, self.clock)
@@ -196,6 +203,7 @@ class ChainRunner:
             job.loss,
             batch_size=config.batch_size,
             per_forward=job.sequences_per_forward,
+            around=prefix.observing if prefix else None,
             device=job.device,
         )
 
@@ -295,7 +303,9 @@ class ChainRunner:
         count = torch.tensor([first], device=self.job.device)  # the step, where a graph can read it
 
         def advance(step: int | Tensor) -> dict[str, Tensor]:
-            return self._advance(self.pool[batches[step]].long().flatten(0, -2), chain, step)
+            ids = self.pool[batches[step]].long().flatten(0, -2)
+            used = places[step] if self.prefix is not None else None
+            return self._advance(ids, used, chain, step)
 
         def counted() -> dict[str, Tensor]:
             made = advance(count)
@@ -331,9 +341,11 @@ class ChainRunner:
                 self._checkpoint(chain, step + 1)
         self.watch.look(wait=True)
 
-    def _advance(self, input_ids: Tensor, chain: int, step: int | Tensor) -> dict[str, Tensor]:
+    def _advance(
+        self, input_ids: Tensor, places: np.ndarray | None, chain: int, step: int | Tensor
+    ) -> dict[str, Tensor]:
         """Take one step; give its ids (sequence, token), losses and metrics."""
-        made = {"input_ids": input_ids, "losses": self._gradient(input_ids)}
+        made = {"input_ids": input_ids, "losses": self._gradient(input_ids, places)}
         with self.clock("update"):
             metrics = self.update.step(
                 [p.grad for p in self.parameters],
@@ -346,12 +358,16 @@ class ChainRunner:
                     parameter.grad = None
         return made if metrics is None else {**made, "metrics": metrics}
 
-    def _gradient(self, input_ids: Tensor) -> Tensor:
+    def _gradient(self, input_ids: Tensor, places: np.ndarray | None) -> Tensor:
         """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
-        batches = input_ids.split(self.job.config.batch_size)
+        size = self.job.config.batch_size
+        batches = input_ids.split(size)
         losses = []
-        for batch in batches:
-            with self.clock("forward"):
+        for number, batch in enumerate(batches):
+            with self.clock("forward"), ExitStack() as at_entry:
+                if self.prefix is not None and places is not None:
+                    rows = places[number * size : (number + 1) * size]
+                    at_entry.enter_context(self.prefix.sampling(self.model, rows, batch))
                 loss = self.job.loss(self.model, batch).float()
             with self.clock("backward"):
                 (loss.mean() / len(batches)).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,8 @@ from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
 from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import Observable, read_observables
+
+PROBE_TOKENS = 16  # of one sequence, with which a model is tried out
 
 # tokens that one forward without gradients takes: what fills the device, less where logits count
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 2**16}
@@ -49,6 +52,8 @@ class SamplingJob:
         The model's head, if the loss can be taken without all logits in memory.
     cuda_graph : bool
         Whether steps are recorded once and replayed.
+    prefix_cache_bytes : int
+        Most bytes of activations that are kept from draw to draw.
     """
 
     model: nn.Module
@@ -62,6 +67,7 @@ class SamplingJob:
     observables: list[Observable]
     head: LinearHead | None = None
     cuda_graph: bool = False
+    prefix_cache_bytes: int = 0
 
     @property
     def sequence_length(self) -> int:
@@ -71,7 +77,13 @@ class SamplingJob:
     def loss(self) -> LossFn:
         """The caller's loss, or next-token cross-entropy."""
         loss = self.loss_fn or partial(next_token_loss, head=self.head)
-        return partial(_with_autocast, loss) if self.config.autocast else loss
+        return partial(_with_precision, self, loss) if self.config.autocast else loss
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The context in which the model runs."""
+        if self.config.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     @property
     def sequences_per_forward(self) -> int | None:
@@ -326,8 +338,8 @@ def _check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
         )
 
 
-def _with_autocast(loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
-    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16):
+def _with_precision(job: SamplingJob, loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
+    with job.precision():
         return loss(model, input_ids)
 
 

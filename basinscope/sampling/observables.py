@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from basinscope.io.dims import observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
+
+Around = Callable[[torch.nn.Module, int, Tensor], AbstractContextManager[None]]
+"""(model, number of a batch, its ids) -> what its evaluation runs inside of."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class ObservableEvaluator:
     batch_size : int
     per_forward : int or None
         Most sequences of a group; None where sequences must stay in their batches.
+    around : callable, optional
+        What the evaluation of a batch runs inside of.
     """
 
     def __init__(
@@ -130,8 +136,10 @@ class ObservableEvaluator:
         batch_size: int,
         per_forward: int | None,
         device: torch.device,
+        around: Around | None = None,
     ) -> None:
         self.loss_fn = loss_fn
+        self.around = around
         self.positions: dict[str, Tensor] = {}
         self.batches: list[Tensor] = []
         if not observables:
@@ -156,8 +164,12 @@ class ObservableEvaluator:
         """Evaluate at the model's weights: obs_id to losses (sequence, token_pos), float32."""
         if not self.batches:
             return {}
-        losses = torch.cat([self.loss_fn(model, ids).float() for ids in self.batches])
+        losses = torch.cat([self._losses(model, *batch) for batch in enumerate(self.batches)])
         return {obs_id: losses[rows] for obs_id, rows in self.positions.items()}
+
+    def _losses(self, model: torch.nn.Module, number: int, ids: Tensor) -> Tensor:
+        with self.around(model, number, ids) if self.around else nullcontext():
+            return self.loss_fn(model, ids).float()
 
 
 def _first_occurrences(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

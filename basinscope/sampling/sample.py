@@ -32,7 +32,7 @@ from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.init_loss import init_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
-from basinscope.sampling.job import SamplingJob, moved_elements, prepare_job
+from basinscope.sampling.job import PROBE_TOKENS, SamplingJob, moved_elements, prepare_job
 from basinscope.sampling.losses import head_or_none
 from basinscope.sampling.precision import warn_about_rounding
 from basinscope.sampling.progress import show_progress
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("basinscope")
 
 COPIES_BYTES = 64 * 2**20  # largest model that several chains get copies of by themselves
-HEAD_TOKENS = 16  # of one sequence, with which a model's head is looked for
+PREFIX_CACHE_BYTES = 2**30
 TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
 
 
@@ -93,6 +93,7 @@ def sample(
     chains_at_once: int | None = None,
     workers: int = 1,
     cuda_graph: bool = False,
+    prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     chains: Sequence[int] | None = None,
     checkpoint_every: int | None = None,
     profile: str | os.PathLike[str] | None = None,
@@ -178,6 +179,10 @@ def sample(
     cuda_graph : bool
         Record a step once as a CUDA graph and replay it: for small models on a GPU, whose steps
         are many short launches. The numbers are the same.
+    prefix_cache_bytes : int
+        Under a restriction to layer k and above, what enters layer k never changes: it is computed
+        once per sequence and kept in at most so many bytes, for the observables first and then for
+        the sampling batches. 0 keeps nothing.
     chains : sequence of int, optional
         Run only these chains of the store (for array jobs). Default: all.
     checkpoint_every : int, optional
@@ -243,6 +248,10 @@ def sample(
         loss_keep_bits=loss_keep_bits,
     )
     _check_count("workers", workers)
+    if not isinstance(prefix_cache_bytes, int) or prefix_cache_bytes < 0:
+        raise ValueError(
+            f"prefix_cache_bytes must be a number of bytes, 0 or more; got {prefix_cache_bytes!r}"
+        )
     if chains_at_once is not None:
         _check_count("chains_at_once", chains_at_once)
     if checkpoint_every is not None:
@@ -279,7 +288,7 @@ def sample(
     )
     if cuda_graph and job.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {job.device}")
-    job = replace(job, cuda_graph=cuda_graph)
+    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=prefix_cache_bytes)
     path = path or _temporary_path(config)
     settings = job.settings()
     if is_store(path):
@@ -294,7 +303,7 @@ def sample(
     working = working_copy(job)
     with stop_on_signals() as stop, torch.random.fork_rng(devices=cuda_devices(job.device)):
         if loss_fn is None:
-            few = job.token_ids(job.batch_rows(0)[0][:1])[:, :HEAD_TOKENS]
+            few = job.token_ids(job.batch_rows(0)[0][:1])[:, :PROBE_TOKENS]
             job = replace(job, head=head_or_none(working, few))
         _check_loss(job, working)
         if is_store(path):
