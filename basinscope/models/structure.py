@@ -170,7 +170,10 @@ def layer_modules(model: nn.Module) -> list[str]:
         If there is no list of layers, or if the parts of layers are kept in several lists.
     """
     if is_transformer_lens(model):
-        return [f"blocks.{number}" for number in range(int(model.cfg.n_layers))]  # type: ignore[union-attr,arg-type]
+        blocks = getattr(model, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise UnknownStructureError(f"{type(model).__name__} has no list of blocks")
+        return [f"blocks.{number}" for number in range(len(blocks))]
     lists = _layer_lists(model)
     if len(lists) > 1:
         raise UnknownStructureError(
