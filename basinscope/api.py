@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,8 @@ from basinscope.analysis.susceptibilities import (
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor, nn
+
+    Restrictions = Mapping[str, Mapping[str, Tensor | None] | str | Sequence[str] | None]
 
 
 def llc(
@@ -122,7 +124,7 @@ def susceptibilities(
     model: nn.Module,
     dataset: Dataset,
     observables: Mapping[str, Dataset | tuple[Dataset, int]],
-    weight_restrictions: Mapping[str, Mapping[str, Tensor | None] | None],
+    weight_restrictions: Restrictions | Sequence[str],
     *,
     sampling_task: str,
     lr: float,
@@ -130,6 +132,7 @@ def susceptibilities(
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     include_sampling_task: bool = False,
     output_path: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
     **sample_kwargs: Any,
 ) -> xr.DataTree:
     """Sample under each weight restriction and estimate every token's susceptibility to it.
@@ -138,15 +141,21 @@ def susceptibilities(
     ----------
     model, dataset, observables, lr, n_beta, loss_fn, **sample_kwargs
         As :func:`basinscope.sample` takes them.
-    weight_restrictions : mapping of str to parameter masks
-        What may move under each restriction; "full" must be there (None: all weights).
+    weight_restrictions : mapping of str to masks or restriction, or list of str
+        What may move under each name: parameter masks, a restriction or list of them as
+        :func:`basinscope.create_param_masks` takes it, or None for all weights. A list names
+        restrictions that are called what they are, such as ``["full", "l0h0", "l0h1"]``. "full"
+        must be there.
     sampling_task : str
         The observable on the data that is sampled on.
     include_sampling_task : bool
         Ask about its tokens too.
     output_path : path, optional
         ``runs/s.zarr`` writes ``runs/s_{restriction}.zarr``, a store for each restriction; the
-        same call continues what was stopped.
+        same call continues what was stopped, and restrictions that are complete are not sampled
+        again; array jobs may each be given some of them, "full" among them.
+    progress : bool, optional
+        True: a line per restriction on stderr; False: nothing; None: one bar on a terminal.
 
     Returns
     -------
@@ -159,8 +168,11 @@ def susceptibilities(
         If "full" or the task is missing, nothing is left to ask about, or a restriction's name is
         no file name; before anything is sampled.
     """
+    from basinscope.sampling.progress import show_restrictions
     from basinscope.sampling.sample import sample
 
+    if not isinstance(weight_restrictions, Mapping):
+        weight_restrictions = {name: name for name in weight_restrictions}
     paths = _paths_of(weight_restrictions, output_path)
     if sampling_task not in observables:
         raise ValueError(
@@ -171,20 +183,23 @@ def susceptibilities(
             f"{sampling_task!r} is the only observable: add another to ask about, or pass "
             "include_sampling_task=True"
         )
-    trees = {
-        name: sample(
-            model,
-            dataset,
-            observables,
-            lr=lr,
-            n_beta=n_beta,
-            param_masks=masks,
-            loss_fn=loss_fn,
-            output_path=paths[name],
-            **sample_kwargs,
-        )
-        for name, masks in weight_restrictions.items()
-    }
+    masks = {name: _masks_of(model, wanted) for name, wanted in weight_restrictions.items()}
+    trees = {}
+    with show_restrictions(list(masks), progress) as starting:
+        for name, param_masks in masks.items():
+            starting(name)
+            trees[name] = sample(
+                model,
+                dataset,
+                observables,
+                lr=lr,
+                n_beta=n_beta,
+                param_masks=param_masks,
+                loss_fn=loss_fn,
+                output_path=paths[name],
+                progress=False,
+                **sample_kwargs,
+            )
     return compute_susceptibilities(
         trees, sampling_task, include_sampling_task=include_sampling_task
     )
@@ -220,6 +235,17 @@ def plan(
     if estimator not in planners:
         raise ValueError(f"estimator={estimator!r}: choose one of {', '.join(planners)}")
     return planners[estimator](samples, *args, **options)
+
+
+def _masks_of(model: nn.Module, wanted: Any) -> Mapping[str, Tensor | None] | None:
+    """Masks as they are, or those of a restriction; None for all weights."""
+    from basinscope.models.restrictions import create_param_masks
+
+    if wanted is None or isinstance(wanted, Mapping):
+        return wanted
+    if isinstance(wanted, str) and wanted.strip().lower() == FULL:
+        return None
+    return create_param_masks(model, wanted)
 
 
 def _paths_of(

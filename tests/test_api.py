@@ -76,6 +76,32 @@ def test_the_same_call_takes_what_was_sampled(problem: Any, tmp_path: Path) -> N
     assert first["susceptibilities"].attrs["dataset_id_to_name"] == ["b", "the_task"]
 
 
+def test_restrictions_may_be_named(
+    problem: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A list of names, or names of one's own for restrictions and unions of them."""
+    model = problem[0]
+    options: dict[str, Any] = {**SETTINGS, "sampling_task": "the task"}
+    masks = {"full": None, "l0h1": basinscope.create_param_masks(model, "l0h1")}
+    made = basinscope.susceptibilities(*problem, masks, progress=False, **options).compute()
+    named = basinscope.susceptibilities(
+        *problem, ["full", "l0h1"], output_path=tmp_path / "s.zarr", progress=True, **options
+    ).compute()
+    np.testing.assert_array_equal(
+        named["susceptibilities/sus"], made["susceptibilities/sus"], strict=True
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s_full.zarr", "s_l0h1.zarr"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "restriction full (1 of 2)", "restriction l0h1 (2 of 2)",
+    ]  # fmt: skip
+    both = {"full": "full", "heads": ["l0h0", "l0h1"]}
+    tree = basinscope.susceptibilities(*problem, both, progress=False, **options)
+    assert tree["susceptibilities"].wr.to_numpy().tolist() == ["heads"]
+    with pytest.raises(ValueError, match="'l7': layer 7 is out of range"):
+        basinscope.susceptibilities(*problem, ["full", "l7"], progress=False, **options)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

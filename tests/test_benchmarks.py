@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import analysis, harness, kernels, sampling, store
+from benchmarks import analysis, harness, kernels, precision, restrictions, sampling, store
 
 
 @pytest.mark.peer
@@ -23,6 +23,24 @@ def test_sampling_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for line in lines:
         assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
         assert line["versions"]["devinterp"] == "2.0.1"
+
+
+@pytest.mark.peer
+def test_restrictions_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "restrictions.jsonl"
+    command = ["restrictions", "--toy", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    restrictions.main()
+    line = json.loads(out.read_text())
+    assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
+
+
+def test_bfloat16_weights_diffuse_as_documented() -> None:
+    """Standard error of a variance of 4000 elements: 2.2%."""
+    lost, kept = precision.diffusion(0.1, 16, 4000), precision.diffusion(4.0, 16, 4000)
+    assert lost["nearest_variance_ratio"] == 0.0
+    assert lost["stochastic_variance_ratio"] == pytest.approx(8.0, rel=0.15)
+    assert kept["nearest_variance_ratio"] == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.peer

@@ -100,6 +100,8 @@ class ModelStructure:
     unembed: tuple[str, ...]
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def find_structure(model: nn.Module) -> ModelStructure:
     """Find the parts of a Hugging Face causal LM or a TransformerLens model.
 
@@ -124,7 +126,7 @@ def find_structure(model: nn.Module) -> ModelStructure:
     for number, ((names, attention), seen) in enumerate(zip(parts, probes, strict=True)):
         projections = _projections(model, attention)
         kind = tuple((local, tuple(p.weight.shape)) for local, p in _local(projections))
-        if kind not in known:
+        if kind not in known or known[kind].unknown:
             known[kind] = _heads_or_why(model, projections, seen, number)
         found = known[kind]
         heads = {
@@ -235,6 +237,7 @@ def _parts_of_layer(
                 attention.append(name)
     own = [n for n in _outermost(attention) if not _within(n, cross)]
     canonical = _canonical_names(model)
+    modules = {id(module): name for name, module in model.named_modules()}
     inside = {
         local: canonical[id(parameter)]
         for prefix in prefixes
@@ -245,7 +248,7 @@ def _parts_of_layer(
         "parameters": tuple(inside.values()),
         "attention": tuple(c for n, c in plain.items() if _within(n, own)),
         "mlp": tuple(c for n, c in plain.items() if not _within(n, [*own, *convolutions])),
-    }, own
+    }, [modules[id(model.get_submodule(name))] for name in own]
 
 
 def _canonical_names(model: nn.Module) -> dict[int, str]:
@@ -261,8 +264,11 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _is_projection(module: nn.Module) -> bool:
-    weight = dict(module.named_parameters(recurse=False)).get("weight")
-    return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    """Whether a module multiplies with a matrix of its own; one around such a module does not."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return False
+    return not any(_is_projection(inner) for inner in module.children())
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -305,11 +311,11 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
 
     A projection gives made-up numbers: trained ones may be cut off, underflow, or be zero.
     """
-    seen = [_Seen({}, {}) for _ in attention]
+    seen = {tuple(prefixes): _Seen({}, {}) for prefixes in attention}  # layers may share them
     hooks = []
     generator = torch.Generator().manual_seed(0)
-    for record, prefixes in zip(seen, attention, strict=True):
-        for name, module in _projections(model, prefixes).items():
+    for prefixes, record in seen.items():
+        for name, module in _projections(model, list(prefixes)).items():
 
             def cut(
                 module: nn.Module,
@@ -330,7 +336,7 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
             for norm in filter(_is_norm, model.get_submodule(prefix).modules()):
                 hooks.append(norm.register_forward_hook(_let_through))
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _evaluating(model):
+        with _evaluating(model):
             count = vocabulary_size(model) or 2
             device = next(model.parameters()).device
             ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) * 7919) % count
@@ -344,7 +350,7 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return [seen[tuple(prefixes)] for prefixes in attention]
 
 
 def _let_through(module: nn.Module, args: Any, output: Any) -> Any:
@@ -384,9 +390,12 @@ def _heads_or_why(
 
 def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) -> _Heads:
     """Heads, groups, head size, and the slices of each projection's weight and bias."""
+    for name, module in projections.items():
+        if not isinstance(module.weight, nn.Parameter):
+            raise UnknownStructureError(f"the weight of {name} is made of other parameters")
     names = list(seen.outputs)
-    if len(names) < 2:
-        raise UnknownStructureError("they were not all run")
+    if len(names) < len(projections) or len(names) < 2:
+        raise UnknownStructureError(f"of its projections {len(names)} were run")
     last = names[-1]  # to run: the output projection
     passed = seen.inputs[last]
     width = passed.shape[-1]
