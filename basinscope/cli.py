@@ -47,6 +47,9 @@ def demo(
 def sample(
     config: Annotated[Path, typer.Argument(help="A YAML file; docs/cli.md shows one.")],
     output: Annotated[Path | None, typer.Option("--out", "-o", help="The store to write.")] = None,
+    restriction: Annotated[
+        str | None, typer.Option(help="What may move: l0, l0h1, 'l0 mlp', embed, ...")
+    ] = None,
     chains: Annotated[
         str | None, typer.Option(help="Only these chains, as FIRST:END (for array jobs).")
     ] = None,
@@ -62,6 +65,7 @@ def sample(
     """Sample around a model as a YAML file says. The same command continues a stopped run."""
     overrides = {
         "output_path": output,
+        "restriction": restriction,
         "chains": chains,
         "workers": workers,
         "checkpoint_every": checkpoint_every,

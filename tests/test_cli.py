@@ -67,6 +67,23 @@ def test_chains_of_an_array_job_make_one_store(folder: Path) -> None:
     assert "is complete" in invoke("sample", plan, "--chains", "2").output
 
 
+def test_a_restriction_from_the_file_or_the_shell(folder: Path) -> None:
+    plan = write_plan(folder, restriction=["l0h0", "l1 mlp"])
+    assert invoke("sample", plan).exit_code == 0
+    assert (
+        invoke("sample", plan, "--restriction", "L1H0", "--out", folder / "h.zarr").exit_code == 0
+    )
+    elements = [
+        basinscope.open_store(path).attrs["metadata"]["config"]["param_masks"]["elements"]
+        for path in (folder / "runs" / "samples.zarr", folder / "h.zarr")
+    ]
+    assert elements[0] > elements[1] > 0
+    wrong = invoke("sample", plan, "--restriction", "l9", "--out", folder / "w.zarr")
+    assert wrong.exit_code == 2
+    assert "layer 9 is out of range, the model has layers 0 to 1" in wrong.output.replace("\n", " ")
+    assert not (folder / "w.zarr").exists()
+
+
 def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
     plan = write_plan(folder, sampler={**SAMPLER, "lr": 1e12})
     done = invoke("sample", plan, "--out", folder / "wild.zarr")

@@ -402,7 +402,8 @@ def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) 
     num_heads = _config_number(model, "num_attention_heads")
     if not num_heads or width % num_heads:
         raise UnknownStructureError(
-            f"the output projection takes {width} numbers, and there are {num_heads} heads"
+            f"the output projection takes {width} numbers, and model.config names "
+            f"{num_heads or 'no number of'} heads"
         )
     if not passed.requires_grad:
         raise UnknownStructureError("no projection's output reaches the last one")

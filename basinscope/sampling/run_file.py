@@ -9,11 +9,14 @@ from typing import Any
 
 import xarray as xr
 
+from basinscope.models.restrictions import create_param_masks
+
 SECTIONS = {
     "model": "a Hugging Face model: a directory or a name",
     "dtype": "float32 (default), bfloat16 or float16",
     "dataset": "what chains are trained on: a path, or a mapping with 'path'",
     "observables": "a mapping of name to a path, or to a mapping with 'path'",
+    "restriction": "what may move: l0, l0h1, l0 mlp, embed, ..., or a list of these",
     "sampler": "arguments of basinscope.sample: lr, n_beta, num_chains, ...",
     "output": "the store to write",
 }
@@ -30,7 +33,7 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
         The file; its relative paths count from its own directory.
     overrides : mapping
         Arguments of :func:`basinscope.sample` that replace the file's; ``chains`` may be
-        a text ``"FIRST:END"``.
+        a text ``"FIRST:END"``, and ``restriction`` replaces the file's.
 
     Returns
     -------
@@ -46,6 +49,7 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
     known = set(inspect.signature(_sample()).parameters) - NOT_IN_FILE
     _refuse_unknown(path, "sampler", arguments, known)
     arguments |= overrides
+    restriction = arguments.pop("restriction", plan.get("restriction"))
     if "output_path" not in arguments:
         if "output" not in plan:
             raise ValueError(
@@ -60,6 +64,8 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
 
     name = _located(path, plan["model"])
     model = _load_model(name, plan.get("dtype", "float32"))
+    if restriction is not None:
+        arguments["param_masks"] = create_param_masks(model, restriction)
     dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
     observables = {
         obs: _load_data(path, f"observables.{obs}", given, name)
