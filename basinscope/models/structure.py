@@ -125,7 +125,11 @@ def find_structure(model: nn.Module) -> ModelStructure:
     known: dict[tuple[Any, ...], _Heads] = {}
     for number, ((names, attention), seen) in enumerate(zip(parts, probes, strict=True)):
         projections = _projections(model, attention)
-        kind = tuple((local, tuple(p.weight.shape)) for local, p in _local(projections))
+        kind = tuple(
+            (local, leaf, tuple(parameter.shape))
+            for local, module in _local(projections)
+            for leaf, parameter in module.named_parameters(recurse=False)
+        )
         if kind not in known or known[kind].unknown:
             known[kind] = _heads_or_why(model, projections, seen, number)
         found = known[kind]
@@ -399,7 +403,7 @@ def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) 
     last = names[-1]  # to run: the output projection
     passed = seen.inputs[last]
     width = passed.shape[-1]
-    num_heads = _config_number(model, "num_attention_heads")
+    num_heads = _told_heads(model)
     if not num_heads or width % num_heads:
         raise UnknownStructureError(
             f"the output projection takes {width} numbers, and model.config names "
@@ -408,35 +412,34 @@ def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) 
     if not passed.requires_grad:
         raise UnknownStructureError("no projection's output reaches the last one")
     size = width // num_heads
-    tables = _readers(passed, {n: seen.outputs[n] for n in names[:-1]}, num_heads)
+    outputs = {n: seen.outputs[n] for n in names[:-1]}
+    tables = _readers(passed.split(size, dim=-1), outputs)
     readers = {n: table for n, table in tables.items() if table.any()}
+    ends = _readers((passed[..., :1], passed[..., size - 1 : size]), outputs)  # of head 0
+    if not any((_alone(readers[n]) & ends[n].all(0)).any() for n in readers):
+        raise UnknownStructureError(
+            f"no row is read by all of the first head and by no other, if there are {num_heads} "
+            "heads as model.config says"
+        )
     local = dict(zip(projections, (n for n, _ in _local(projections)), strict=True))
-    for num_groups in _possible_groups(model, readers, num_heads):
-        slices: dict[str, HeadSlices] = {}
-        for name, table in readers.items():
-            found = _owners(table, num_heads, num_groups)
-            if found is None:
-                break
-            slices |= _of_module(local[name], projections[name], *found, output=False)
-        else:
-            if any((s.head >= 0).any() for s in slices.values()):
-                heads = np.repeat(np.arange(num_heads), size)
-                own = (heads, heads * num_groups // num_heads)
-                slices |= _of_module(local[last], projections[last], *own, output=True)
-                return _Heads(num_heads, num_groups, size, slices)
-    raise UnknownStructureError(
-        "no row belongs to one head alone, or some to other heads than those of a group"
-    )
+    num_groups = _num_groups(readers, num_heads)
+    slices: dict[str, HeadSlices] = {}
+    for name, table in readers.items():
+        head, group = _owners(name, table, num_heads, num_groups)
+        slices |= _of_module(local[name], projections[name], head, group, output=False)
+    head = np.repeat(np.arange(num_heads), size)
+    group = head * num_groups // num_heads
+    slices |= _of_module(local[last], projections[last], head, group, output=True)
+    return _Heads(num_heads, num_groups, size, slices)
 
 
 def _readers(
-    passed: Tensor, outputs: dict[str, Tensor], num_heads: int
+    blocks: Sequence[Tensor], outputs: dict[str, Tensor]
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Per projection a table (head, feature): does the head read the feature?"""
+    """Per projection a table (block, feature): does the block read the feature?"""
     rows = {name: [] for name in outputs}  # type: dict[str, list[npt.NDArray[np.bool_]]]
-    weighting = torch.linspace(1, 2, passed[..., : passed.shape[-1] // num_heads].numel())
-    for block in passed.chunk(num_heads, dim=-1):
-        upstream = weighting.to(block).view(block.shape) * 1024  # far from underflow in float16
+    for block in blocks:
+        upstream = torch.linspace(1, 2, block.numel()).to(block).view(block.shape)
         gradients = torch.autograd.grad(
             block, list(outputs.values()), upstream, retain_graph=True, allow_unused=True
         )
@@ -449,20 +452,21 @@ def _readers(
     return {name: np.stack(tables) for name, tables in rows.items()}
 
 
-def _possible_groups(
-    model: nn.Module, readers: dict[str, npt.NDArray[np.bool_]], num_heads: int
-) -> list[int]:
-    """Numbers of key-value heads: what the sharing of features shows, then what the config says."""
+def _alone(table: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which features the first head reads and no other."""
+    return table[0] & (table.sum(0) == 1)
+
+
+def _num_groups(readers: dict[str, npt.NDArray[np.bool_]], num_heads: int) -> int:
+    """Number of key-value heads, as the sharing of features shows it."""
     counts = {int(c) for table in readers.values() for c in table.sum(0) if c > 1}
-    shown = [num_heads // min(counts, default=1)]
-    told = _config_number(model, "num_key_value_heads")
-    return [g for g in dict.fromkeys([*shown, told, num_heads]) if g and num_heads % g == 0]
+    return num_heads // min(counts, default=1)
 
 
 def _owners(
-    table: npt.NDArray[np.bool_], num_heads: int, num_groups: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-    """Head and group of each feature; None if some feature is read by other sets of heads."""
+    name: str, table: npt.NDArray[np.bool_], num_heads: int, num_groups: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Head and group of each feature of a projection."""
     per_group = num_heads // num_groups
     count = table.sum(0)
     first = table.argmax(0)
@@ -471,7 +475,13 @@ def _owners(
     whole = (count == per_group) & (first % per_group == 0)
     contiguous = table[first + np.maximum(count, 1) - 1, np.arange(table.shape[1])]
     good = (count == 0) | (count == 1) | (whole & contiguous)
-    return (head, group) if good.all() and (count > 0).any() else None
+    if not good.all():
+        readers = np.flatnonzero(table[:, int(np.argmin(good))]).tolist()
+        raise UnknownStructureError(
+            f"row {int(np.argmin(good))} of {name} is read by heads {readers}, which are no group "
+            f"of {per_group}"
+        )
+    return head, group
 
 
 def _of_module(
@@ -517,15 +527,18 @@ def _embeddings(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return of("get_input_embeddings"), of("get_output_embeddings")
 
 
-def _config_number(model: nn.Module, name: str) -> int:
-    """A number of the (text) configuration, under whatever name; 0 if there is none."""
+def _told_heads(model: nn.Module) -> int:
+    """Number of heads in the configuration (of the decoder, of the text), 0 if there is none."""
     config: Any = getattr(model, "config", None)
     own = getattr(config, "get_text_config", None)
-    for candidate in (own(decoder=True) if callable(own) else config, config):
-        for key in (f"decoder_{name.removeprefix('num_')}", name):
-            value = getattr(candidate, key, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+    for candidate, key in (
+        (config, "decoder_attention_heads"),
+        (own(decoder=True) if callable(own) else None, "num_attention_heads"),
+        (config, "num_attention_heads"),
+    ):
+        value = getattr(candidate, key, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
     return 0
 
 
