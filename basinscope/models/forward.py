@@ -85,13 +85,14 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module do something else for a while."""
-    kept = vars(module).get("forward")
-    module.forward = forward
+    """Let a module do something else for a while; set past its ``__setattr__``, which some have."""
+    own = vars(module)
+    kept = own.get("forward")
+    own["forward"] = forward
     try:
         yield
     finally:
         if kept is None:
-            del module.forward  # falls back to its class's
+            del own["forward"]  # falls back to its class's
         else:
-            module.forward = kept
+            own["forward"] = kept

@@ -487,19 +487,23 @@ def _loss_of(obs_id: str) -> str:
 
 def working_copy(job: SamplingJob) -> nn.Module:
     """Copy the caller's model to the job's device; only what moves requires a gradient."""
-    try:
-        model = copy.deepcopy(job.model)
-    except Exception as error:
-        raise TypeError(
-            f"{type(job.model).__name__} cannot be copied ({error}); sampling works on a copy so "
-            "that your model stays as it is: detach tensors that the model keeps, or remove hooks"
-        ) from error
-    model = to_device(model, job.device)
+    model = to_device(copied(job.model), job.device)
     for name, parameter in model.named_parameters():
         parameter.grad = None
         parameter.data = parameter.data.contiguous()
         parameter.requires_grad_(name in job.masks)
     return model.train(job.config.train_mode)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Copy the caller's model, which stays as it is."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise TypeError(
+            f"{type(model).__name__} cannot be copied ({error}); sampling works on a copy so "
+            "that your model stays as it is: detach tensors that the model keeps, or remove hooks"
+        ) from error
 
 
 def perturb(

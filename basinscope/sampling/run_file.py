@@ -10,6 +10,8 @@ from typing import Any
 import xarray as xr
 
 from basinscope.models.restrictions import create_param_masks
+from basinscope.sampling.findings import ModelReport
+from basinscope.sampling.loading import load_model, load_tokens
 
 SECTIONS = {
     "model": "a Hugging Face model: a directory or a name",
@@ -63,7 +65,7 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
             raise ValueError(f"{path}: sampler needs {required}")
 
     name = _located(path, plan["model"])
-    model = _load_model(name, plan.get("dtype", "float32"))
+    model = load_model(name, plan.get("dtype", "float32"))
     if restriction is not None:
         arguments["param_masks"] = create_param_masks(model, restriction)
     dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
@@ -78,6 +80,32 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
         **arguments,
     )
     return tree, Path(arguments["output_path"])
+
+
+def check_from_file(path: Path, *, batch_size: int, device: str | None) -> ModelReport:
+    """Check the model and the sampling data of a YAML file, see :func:`basinscope.check_model`.
+
+    The file's restriction is the one that is asked about, if it has one.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        As :func:`run_from_file`.
+    """
+    from basinscope.sampling.check import check_model
+
+    plan = _read(path)
+    restriction = plan.get("restriction")
+    name = _located(path, plan["model"])
+    model = load_model(name, plan.get("dtype", "float32"))
+    dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
+    return check_model(
+        model,
+        dataset,
+        restrictions=None if restriction is None else {"of the file": restriction},
+        batch_size=batch_size,
+        device=device,
+    )
 
 
 def parse_chains(text: str) -> list[int]:
@@ -134,55 +162,15 @@ def _located(config: Path, name: str) -> str:
     return str(local) if local.exists() else name
 
 
-def _load_model(name: str, dtype: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ValueError(f"dtype must be one of {', '.join(kinds)}; got {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
-
-
-def _load_data(config: Path, where: str, given: Any, tokenizer_name: str) -> tuple[Any, int | None]:
-    """Load token ids, or text that the model's tokenizer turns into them."""
-    import datasets
-
+def _load_data(config: Path, where: str, given: Any, tokenizer: str) -> tuple[Any, int | None]:
+    """Load a data set that the file names, and how many of its batches a draw takes."""
     options: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
     _refuse_unknown(config, where, options, DATA_KEYS)
     if "path" not in options:
         raise ValueError(f"{config}: {where} needs a path")
-    path = config.parent / options["path"]
-    kinds = {
-        ".parquet": "parquet",
-        ".jsonl": "json",
-        ".json": "json",
-        ".csv": "csv",
-        ".txt": "text",
-    }
-    if path.is_dir():
-        dataset = datasets.load_from_disk(str(path))
-    elif path.suffix in kinds and path.is_file():
-        loader = kinds[path.suffix]
-        extra = {"sample_by": "document"} if loader == "text" else {}
-        dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
-    else:
-        raise FileNotFoundError(
-            f"{config}: {where}.path={str(path)!r} must be a directory of Dataset.save_to_disk, or "
-            f"a file ending in {', '.join(kinds)}"
-        )
-    if "input_ids" not in dataset.column_names:
-        from transformers import AutoTokenizer
-
-        from basinscope.sampling.tokenize import tokenize_and_concatenate
-
-        if "max_length" not in options:
-            raise ValueError(f"{config}: {where} is text, so it needs max_length (tokens per row)")
-        dataset = tokenize_and_concatenate(
-            dataset,
-            AutoTokenizer.from_pretrained(tokenizer_name),
-            max_length=options["max_length"],
-            column_name=options.get("column", "text"),
-            add_bos_token=options.get("add_bos_token", True),
-        )
-    return dataset, options.get("batches_per_draw")
+    path = config.parent / options.pop("path")
+    batches = options.pop("batches_per_draw", None)
+    try:
+        return load_tokens(path, tokenizer, **options), batches
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{config}: {where}.path={error}") from error

@@ -1,0 +1,95 @@
+"""Models and token ids by their names, for the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DTYPES = ("float32", "bfloat16", "float16")
+_LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+
+
+def load_model(name: str, dtype: str = "float32") -> Any:
+    """Load a Hugging Face causal LM.
+
+    Parameters
+    ----------
+    name : str
+        A directory, or a name on the hub.
+    dtype : {"float32", "bfloat16", "float16"}
+
+    Raises
+    ------
+    ValueError
+        If `dtype` is another.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+
+
+def load_tokens(
+    path: Path,
+    tokenizer: str,
+    *,
+    max_length: int | None = None,
+    column: str = "text",
+    add_bos_token: bool = True,
+) -> Dataset:
+    """Load token ids, or text that a model's tokenizer turns into them.
+
+    Parameters
+    ----------
+    path : Path
+        A directory of ``Dataset.save_to_disk``, or a parquet, JSON, CSV or text file; with a column
+        ``input_ids``, or with text.
+    tokenizer : str
+        Where the tokenizer is: a directory, or a name on the hub.
+    max_length : int, optional
+        Tokens in a row; for text, which is cut into rows.
+    column : str
+        Where the text is.
+    add_bos_token : bool
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such directory or file.
+    ValueError
+        If text comes without `max_length`.
+    """
+    import datasets
+
+    dataset: Any
+    if path.is_dir():
+        dataset = datasets.load_from_disk(str(path))
+    elif path.suffix in _LOADERS and path.is_file():
+        loader = _LOADERS[path.suffix]
+        extra = {"sample_by": "document"} if loader == "text" else {}
+        dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+    else:
+        raise FileNotFoundError(
+            f"{str(path)!r} must be a directory of Dataset.save_to_disk, or a file ending in "
+            f"{', '.join(_LOADERS)}"
+        )
+    if "input_ids" in dataset.column_names:
+        return dataset
+    from transformers import AutoTokenizer
+
+    from basinscope.sampling.tokenize import tokenize_and_concatenate
+
+    if max_length is None:
+        raise ValueError(f"{str(path)!r} is text, so it needs max_length (tokens per row)")
+    return tokenize_and_concatenate(
+        dataset,
+        AutoTokenizer.from_pretrained(tokenizer),
+        max_length=max_length,
+        column_name=column,
+        add_bos_token=add_bos_token,
+    )

@@ -1,0 +1,85 @@
+"""``basinscope check``: what it prints and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from datasets import Dataset
+from typer.testing import CliRunner, Result
+
+from basinscope.cli_check import FOUND_WARNINGS, check
+from tests.conftest import token_rows
+from tests.models_small import tiny_model
+
+app = typer.Typer()
+app.command()(check)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model that knows its data: the id 7, over and over."""
+    model = tiny_model("gpt_neox")
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.bias[:] = 1.0
+        model.lm_head.weight[7] += 1.0
+    model.save_pretrained(tmp_path / "model")
+    Dataset.from_dict({"input_ids": np.full((20, 9), 7)}).save_to_disk(tmp_path / "known")
+    token_rows(20, 9, seed=1).save_to_disk(tmp_path / "random")
+    return tmp_path
+
+
+def test_a_sound_run_ends_well(folder: Path) -> None:
+    done = invoke(write(folder, dataset="known"))
+    assert done.exit_code == 0, done.output
+    for word in ("GPTNeoXForCausalLM", "restrictions", "batch", "ok"):
+        assert word in done.output
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "known",
+        "model",
+        "random",
+        "run.yaml",
+    ]
+
+
+def test_warnings_end_with_an_exit_code_of_their_own(folder: Path) -> None:
+    done = invoke(write(folder, dataset="random"), "--json", "--batch-size", "4")
+    assert done.exit_code == FOUND_WARNINGS, done.output
+    report = json.loads(done.stdout)
+    levels = {finding["topic"]: finding["level"] for finding in report["findings"]}
+    assert report["model"] == "GPTNeoXForCausalLM"
+    assert [topic for topic, level in levels.items() if level == "warning"] == ["loss"]
+
+
+def test_the_files_restriction_is_asked_about(folder: Path) -> None:
+    done = invoke(write(folder, dataset="known", restriction=["l0", "l1"]), "--json")
+    values = {f["topic"]: f["values"] for f in json.loads(done.stdout)["findings"]}
+    assert values["restrictions"]["untouched"] == [
+        "gpt_neox.embed_in.weight",
+        "gpt_neox.final_layer_norm.weight",
+        "gpt_neox.final_layer_norm.bias",
+        "lm_head.weight",
+    ]
+
+
+def test_a_wrong_file_is_told_from_a_warning(folder: Path) -> None:
+    assert invoke(folder / "nothing.yaml").exit_code == 2
+    assert invoke(write(folder, dataset="known", restriction="l9")).exit_code == 2
+    assert invoke(write(folder, dataset="known"), "--batch-size", "1").exit_code == 2
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    plan = {"model": "model", "sampler": {"lr": 1e-3, "n_beta": 10}, **changes}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
