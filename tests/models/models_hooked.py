@@ -1,7 +1,7 @@
 """A stand-in for TransformerLens models: its parameters' names and shapes, without its maths.
 
-TransformerLens 4 has no ``HookedTransformer`` any more, and older ones do not go together with the
-transformers that the tests pin. Names, shapes and order are those of ``HookedTransformer`` 2.18.
+Names, shapes and order are those of ``HookedTransformer`` 3.9, with which
+``tests/peer/test_transformer_lens.py`` compares them where it is installed.
 """
 
 from __future__ import annotations
