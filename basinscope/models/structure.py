@@ -190,6 +190,18 @@ def layer_modules(model: nn.Module) -> list[str]:
     return [f"{name}.{number}" for number in range(len(modules))]
 
 
+def attention_modules(model: nn.Module) -> list[list[str]]:
+    """Names of each layer's modules that are its self-attention, in order; mostly one.
+
+    Raises
+    ------
+    UnknownStructureError
+        If there is no list of layers.
+    """
+    lists = _layer_lists(model)
+    return [_parts_of_layer(model, lists, number)[1] for number in range(len(lists[0][1]))]
+
+
 def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The list of layers, and others beside it of the same length (parts of layers kept apart)."""
     lists = {
@@ -366,13 +378,14 @@ def _let_through(module: nn.Module, args: Any, output: Any) -> Any:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        for module in training:
+            module.training = True
 
 
 def _heads_or_why(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -108,6 +109,15 @@ def read_rows(dataset: Any, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     column = table.column("input_ids").combine_chunks()
     ids = column.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(ids, dtype=np.int64).reshape(len(rows), -1)
+
+
+def dataset_digest(dataset: Any) -> str:
+    """Hash all token ids of a checked data set, some thousand rows at a time."""
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for start in range(0, len(dataset), LENGTH_CHECK_ROWS):
+        rows = range(start, min(start + LENGTH_CHECK_ROWS, len(dataset)))
+        digest.update(read_rows(dataset, rows).tobytes())
+    return digest.hexdigest()
 
 
 def batch_order(num_rows: int, batch_size: int, shuffle: bool, seed: int) -> np.ndarray:

@@ -72,6 +72,41 @@ def show_restrictions(names: list[str], show: bool | None) -> Iterator[Callable[
 
 
 @contextmanager
+def show_count(noun: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many of something are done.
+
+    A bar on a terminal, a line now and then elsewhere; nothing if ``show`` is False.
+    """
+    if show is False:
+        yield lambda done: None
+    elif show is None and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (TextColumn(f"{noun}s"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bars(*columns, console=Console(stderr=True)) as bars:
+            task = bars.add_task("", total=total)
+            yield lambda done: bars.update(task, completed=done)
+    else:
+        start = last = time.monotonic()
+        before: int | None = None
+
+        def say(done: int) -> None:
+            nonlocal last, before
+            before = done if before is None else before
+            now = time.monotonic()
+            if now - last < LINE_SECONDS and done < total:
+                return
+            last = now
+            left = (total - done) * (now - start) / (done - before) if done > before else 0.0
+            text = f"{noun} {done:,} of {total:,}, {now - start:.0f} s so far, {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+        yield say
+
+
+@contextmanager
 def _bars(
     chains: list[int], num_steps: int, num_draws: int, tokens_per_step: int
 ) -> Iterator[Report]:

@@ -1,0 +1,435 @@
+"""Take activations out of a model while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from inspect import signature
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.activation_cache import ActivationCache
+from basinscope.models.forward import is_hugging_face, token_logits, vocabulary_size
+from basinscope.models.interventions import Intervention, intervened
+from basinscope.models.positions import Positions, described, resolve_positions
+from basinscope.models.sites import (
+    FINAL_NORM,
+    Heads,
+    Site,
+    Sites,
+    by_example,
+    find_sites,
+    head_weights,
+)
+from basinscope.models.structure import _evaluating as evaluating
+
+STATISTICS = ("mean", "variance", "second_moment")
+_HIDDEN = ("example", "position", "d_model")
+DIMS = {
+    "embed": _HIDDEN,
+    "resid_in": _HIDDEN,
+    "resid_mid": _HIDDEN,
+    "resid_out": _HIDDEN,
+    "attn_in": _HIDDEN,
+    "attn_out": _HIDDEN,
+    "mlp_out": _HIDDEN,
+    "head_out": ("example", "position", "head", "d_model"),
+    "queries": ("example", "position", "head", "d_head"),
+    "keys": ("example", "position", "kv_head", "d_head"),
+    "values": ("example", "position", "kv_head", "d_head"),
+    "attn_pattern": ("example", "head", "position", "key_position"),
+    FINAL_NORM: ("example", "position"),
+    "logits": ("example", "position", "vocab"),
+    "input_ids": ("example", "token"),
+}
+OF_THE_MODEL = ("embed", FINAL_NORM, "logits", "input_ids")  # not of a layer
+_MID = ("resid_in", "attn_out")  # what resid_mid is the sum of
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """What to take, at which tokens and layers.
+
+    Attributes
+    ----------
+    resid_in, resid_mid, resid_out : bool
+        The residual stream before a layer, after its attention's share, after the layer. In layers
+        whose attention and MLP stand side by side, "mid" is before plus the attention's share.
+    attn_in, attn_out, mlp_out : bool
+        What attention reads, and what attention and MLP add to the stream.
+    head_out : bool
+        Each head's share of ``attn_out``; what is left over is the output projection's bias.
+    queries, keys, values : bool
+        By head, as the projections give them, before any rotation.
+    attn_pattern : bool
+        Attention probabilities; the model runs its eager attention for it.
+    embed : bool
+        What the token embedding gives.
+    last_layernorm : bool
+        Mean, variance and second moment of what enters the final norm, in float32.
+    logits, input_ids : bool
+    layers : "all" or sequence of int
+    target_token_positions : "all", "last", int, slice, or a list of these
+    average : bool
+        Average over the chosen positions.
+    """
+
+    resid_in: bool = False
+    resid_mid: bool = False
+    resid_out: bool = False
+    attn_in: bool = False
+    attn_out: bool = False
+    mlp_out: bool = False
+    head_out: bool = False
+    queries: bool = False
+    keys: bool = False
+    values: bool = False
+    attn_pattern: bool = False
+    embed: bool = False
+    last_layernorm: bool = False
+    logits: bool = False
+    input_ids: bool = True
+    layers: Literal["all"] | Sequence[int] = "all"
+    target_token_positions: Positions = "all"
+    average: bool = False
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of what is to be taken."""
+        return [f.name for f in fields(self) if f.name in DIMS and getattr(self, f.name)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as JSON can hold them."""
+        settings = asdict(self)
+        settings["layers"] = "all" if self.layers == "all" else list(self.layers)
+        settings["target_token_positions"] = described(self.target_token_positions)
+        return settings
+
+
+def extract(
+    model: nn.Module,
+    input_ids: Tensor,
+    config: ExtractionConfig,
+    interventions: Sequence[Intervention] = (),
+) -> ActivationCache:
+    """Run a batch and keep what the configuration asks for.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Hugging Face causal LM or a TransformerLens ``HookedTransformer``. Dropout is off
+        meanwhile, and the model comes back as it was.
+    input_ids : Tensor (example, token)
+    config : ExtractionConfig
+    interventions : sequence of Intervention
+        Applied in order; what is taken is what the model then has.
+
+    Returns
+    -------
+    ActivationCache
+        On the model's device, in the model's dtype.
+
+    Raises
+    ------
+    ValueError
+        Before the model runs: if nothing is asked for, a layer or position is out of range, ids are
+        no (example, token) integers of the vocabulary, or the model has no such activation (says
+        why).
+    """
+    return Extractor(model, config, interventions)(input_ids)
+
+
+class Extractor:
+    """Takes the same activations from any number of batches.
+
+    Raises
+    ------
+    ValueError
+        As :func:`extract`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ExtractionConfig,
+        interventions: Sequence[Intervention] = (),
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.interventions = tuple(interventions)
+        self.sites = find_sites(model)
+        self.names = _names(config, self.sites)
+        self.metadata = _describe(model, config, self.interventions, len(self.sites.layers))
+
+    def __call__(self, input_ids: Tensor) -> ActivationCache:
+        """Run a batch, (example, token)."""
+        _check_ids(self.model, input_ids)
+        length = input_ids.shape[1]
+        positions = resolve_positions(self.config.target_token_positions, length)
+        taken = _Taken(length, positions, self.config.average)
+        input_ids = input_ids.to(next(self.model.parameters()).device)
+        if "input_ids" in self.names:
+            taken.found["input_ids"] = input_ids
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluating(self.model))
+            patterns = [name for name in self.names if _kind(name) == "attn_pattern"]
+            blocks = [self.model.get_submodule(self.sites.plain[n].module) for n in patterns]
+            stack.enter_context(_eager_attention(self.model, blocks))
+            stack.enter_context(intervened(self.model, self.sites, self.interventions, length))
+            for name in self.names:
+                self._listen(stack, name, taken)
+            if last := self._last_module():
+                stack.callback(last.register_forward_hook(_stop).remove)
+            try:
+                logits = token_logits(self.model, input_ids)
+            except _EnoughError:
+                pass
+            else:
+                if "logits" in self.names:
+                    taken.put("logits", taken.choose(logits))
+        order = [n for name in self.names for n in _arrays_of(name)]
+        return ActivationCache(
+            {name: taken.found[name] for name in order},
+            {name: DIMS[_kind(name)] for name in order},
+            {"position": np.asarray([-1] if self.config.average else positions)},
+            self.metadata,
+        )
+
+    def _listen(self, stack: ExitStack, name: str, taken: _Taken) -> None:
+        """Hook the modules that an activation is read from."""
+        sites = self.sites
+        if name in sites.plain:
+            use = taken.put_statistics if name == FINAL_NORM else partial(taken.put_chosen, name)
+            self._hook(stack, sites.plain[name], use, taken.length)
+        elif _kind(name) == "head_out":
+            self._listen_to_heads(stack, name, sites.heads[_layer(name)], taken)
+        elif _kind(name) == "resid_mid":
+            before: list[Tensor] = []
+
+            def add(written: Tensor) -> None:
+                taken.put(name, before.pop() + taken.choose(written))
+
+            into, attention = (sites.plain[f"{kind}_{_layer(name)}"] for kind in _MID)
+            self._hook(
+                stack, into, lambda hidden: before.append(taken.choose(hidden)), taken.length
+            )
+            self._hook(stack, attention, add, taken.length)
+
+    def _listen_to_heads(self, stack: ExitStack, name: str, heads: Heads, taken: _Taken) -> None:
+        """Hook where the heads' outputs meet the projection, and the norms that follow it."""
+        weights = head_weights(self.model, heads)
+
+        def project(passed: Tensor) -> None:
+            chosen = taken.choose(passed)
+            contributions = torch.einsum("bphs,hsd->bphd", chosen, weights.to(chosen.dtype))
+            taken.found[name] = contributions * heads.scale if heads.scale != 1 else contributions
+            if not heads.after:
+                taken.put(name, taken.found[name])
+
+        def through(module: nn.Module, args: Any, output: Any, last: bool) -> None:
+            factor = _factor(module, taken.choose(by_example(args[0], taken.length)))
+            taken.found[name] = taken.found[name] * factor.unsqueeze(-2)
+            if last:
+                taken.put(name, taken.found[name])
+
+        self._hook(stack, heads.passed, project, taken.length)
+        for number, norm in enumerate(heads.after, start=1):
+            hook = partial(through, last=number == len(heads.after))
+            handle = self.model.get_submodule(norm).register_forward_hook(hook)
+            stack.callback(handle.remove)
+
+    def _hook(
+        self, stack: ExitStack, site: Site, use: Callable[[Tensor], None], length: int
+    ) -> None:
+        """Hand the tensor of a site on whenever its module runs."""
+        module = self.model.get_submodule(site.module)
+        if site.part == "input":
+
+            def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+                use(site.read(args, kwargs, None, length))
+
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        else:
+
+            def after(module: nn.Module, args: Any, output: Any) -> None:
+                use(site.read(args, {}, output, length))
+
+            stack.callback(module.register_forward_hook(after).remove)
+
+    def _last_module(self) -> nn.Module | None:
+        """The layer after which nothing more is asked for; None where the model runs to its end."""
+        of_layers = [name for name in self.names if _kind(name) not in OF_THE_MODEL]
+        if not of_layers or {FINAL_NORM, "logits"} & set(self.names):
+            return None
+        return self.model.get_submodule(self.sites.layers[max(map(_layer, of_layers))])
+
+
+def _describe(
+    model: nn.Module, config: ExtractionConfig, interventions: Sequence[Intervention], layers: int
+) -> dict[str, Any]:
+    """Model, configuration and interventions, as JSON can hold them."""
+    own: Any = getattr(model, "config", None) or getattr(model, "cfg", None)
+    name = getattr(own, "name_or_path", None) or getattr(own, "model_name", None)
+    return {
+        "model": {
+            "class": type(model).__name__,
+            "name_or_path": name or type(model).__name__,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "num_layers": layers,
+        },
+        "extraction_config": config.to_dict(),
+        "target_token_positions": described(config.target_token_positions),
+        "interventions": [intervention.to_dict() for intervention in interventions],
+    }
+
+
+class _Taken:
+    """What a forward pass has given so far."""
+
+    def __init__(self, length: int, positions: list[int], average: bool) -> None:
+        self.length = length
+        self.found: dict[str, Tensor] = {}
+        self._positions = positions
+        self._average = average
+
+    def choose(self, array: Tensor, axis: int = 1) -> Tensor:
+        """Copy the chosen positions: the model may write into its own tensors."""
+        index = torch.as_tensor(self._positions, device=array.device)
+        return array.index_select(axis, index)
+
+    def put(self, name: str, chosen: Tensor, axis: int = 1) -> None:
+        """Keep an activation, averaged over its positions if that is asked for."""
+        if self._average:
+            wide = torch.promote_types(chosen.dtype, torch.float32)
+            chosen = chosen.mean(axis, keepdim=True, dtype=wide).to(chosen.dtype)
+        self.found[name] = chosen
+
+    def put_chosen(self, name: str, array: Tensor) -> None:
+        axis = DIMS[_kind(name)].index("position")
+        self.put(name, self.choose(array, axis), axis)
+
+    def put_statistics(self, hidden: Tensor) -> None:
+        """Keep what the final norm divides by, in float32 or better."""
+        chosen = self.choose(hidden)
+        chosen = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        mean, second = chosen.mean(-1), chosen.square().mean(-1)
+        variance = (chosen - mean.unsqueeze(-1)).square().mean(-1)
+        for statistic, value in zip(STATISTICS, (mean, variance, second), strict=True):
+            self.put(f"{FINAL_NORM}_{statistic}", value)
+
+
+def _factor(module: nn.Module, given: Tensor) -> Tensor:
+    """What a norm multiplies each number by, at the sizes it meets; it must do nothing else."""
+    made = module.forward(given)  # without its hooks
+    if torch.equal(given, made):
+        return torch.ones_like(given)
+    ones = torch.full_like(given[:1, :1], 1e4)  # its eps is nothing beside these
+    weight = module.forward(ones).flatten()
+    largest = (given * weight).abs().argmax(-1, keepdim=True)
+    shrink = made.gather(-1, largest) / (given * weight).gather(-1, largest)
+    factor = shrink * weight
+    exact = torch.finfo(given.dtype).eps * 1e3
+    if not torch.allclose(given * factor, made, rtol=exact, atol=exact * float(made.abs().max())):
+        raise ValueError(
+            f"heads cannot be told apart behind a {type(module).__name__} that does more than "
+            "scale; extract attn_out instead"
+        )
+    return factor
+
+
+@contextmanager
+def _eager_attention(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None]:
+    """Have a Hugging Face model's attention compute its probabilities, and return them."""
+    if not blocks or not is_hugging_face(model):
+        yield
+        return
+    config: Any = model.config  # the models read it anew in every pass
+    kept = config._attn_implementation
+    with ExitStack() as hooks:
+        for block in blocks:
+            if "output_attentions" in signature(block.forward).parameters:
+                handle = block.register_forward_pre_hook(_ask_for_weights, with_kwargs=True)
+                hooks.callback(handle.remove)
+        config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = kept
+
+
+def _ask_for_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return args, {**kwargs, "output_attentions": True}
+
+
+class _EnoughError(Exception):
+    """Nothing that is asked for comes later in the forward pass."""
+
+
+def _stop(module: nn.Module, args: Any, output: Any) -> None:
+    raise _EnoughError
+
+
+def _names(config: ExtractionConfig, sites: Sites) -> list[str]:
+    """Names of all that is asked for, layer by layer; each checked to be there."""
+    count = len(sites.layers)
+    layers = range(count) if config.layers == "all" else config.layers
+    for layer in layers:
+        if not isinstance(layer, int) or not 0 <= layer < count:
+            raise ValueError(f"layers={config.layers!r}: the model has layers 0 to {count - 1}")
+    kinds = config.kinds
+    if not kinds or (not layers and not set(kinds) & set(OF_THE_MODEL)):
+        raise ValueError(f"the configuration asks for nothing; set some of {', '.join(DIMS)}")
+    names = []
+    for kind in kinds:
+        if kind in OF_THE_MODEL:
+            names.append(kind)
+            continue
+        found = {layer: _why_missing(sites, kind, layer) for layer in layers}
+        if all(found.values()) or (config.layers != "all" and any(found.values())):
+            layer, why = next((layer, why) for layer, why in found.items() if why)
+            raise ValueError(f"{kind}_{layer} cannot be extracted: {why}")
+        names += [f"{kind}_{layer}" for layer, why in found.items() if not why]
+    return names
+
+
+def _why_missing(sites: Sites, kind: str, layer: int) -> str:
+    name = f"{kind}_{layer}"
+    if name in sites.plain or (kind == "head_out" and layer in sites.heads):
+        return ""
+    if kind == "resid_mid":
+        return _why_missing(sites, "attn_out", layer)
+    return sites.missing.get(name, f"layer {layer} of this model has none")
+
+
+def _arrays_of(name: str) -> list[str]:
+    return [f"{FINAL_NORM}_{s}" for s in STATISTICS] if name == FINAL_NORM else [name]
+
+
+def _kind(name: str) -> str:
+    """Kind of an array, which its dimensions go by."""
+    if name.startswith(FINAL_NORM):
+        return FINAL_NORM
+    return name if name in OF_THE_MODEL else name.rpartition("_")[0]
+
+
+def _layer(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+def _check_ids(model: nn.Module, input_ids: Tensor) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        got = getattr(input_ids, "shape", type(input_ids).__name__)
+        raise ValueError(f"input_ids must be integers of shape (example, token); got {got}")
+    if input_ids.numel() == 0:
+        raise ValueError(f"input_ids is empty: {tuple(input_ids.shape)}")
+    count = vocabulary_size(model)
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if count is not None and (low < 0 or high >= count):
+        odd = low if low < 0 else high
+        raise ValueError(f"token id {odd} is no row of the embedding, which has 0 to {count - 1}")

@@ -1,0 +1,185 @@
+"""Interventions: change an activation on its way through the model.
+
+Intervention("zero", "head_out_L3H5")
+Intervention("mean", "mlp_out_2", positions=[-1])
+Intervention("patch", "resid_out_4", positions=[5, 6], source=0)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.positions import Positions, described, resolve_positions
+from basinscope.models.sites import Site, Sites, by_example
+from basinscope.models.stream import first_tensor
+
+KINDS = ("zero", "mean", "patch")
+_TARGET = re.compile(r"(embed)|(resid_in|resid_out|attn_out|mlp_out)_(\d+)|head_out_L(\d+)H(\d+)")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Replace an activation at some positions.
+
+    Attributes
+    ----------
+    kind : {"zero", "mean", "patch"}
+        By zeros, by its mean over the examples of the batch at the same position, or by `source`.
+    target : str
+        ``embed``, ``resid_in_{i}``, ``resid_out_{i}``, ``attn_out_{i}``, ``mlp_out_{i}``, or one
+        head's share of the attention output, ``head_out_L{i}H{j}``.
+    positions : "all", "last", int, slice, or a list of these
+    source : int or Tensor, optional
+        For "patch": which example of the same batch every other one takes the activation from, or
+        (not for heads) the activation itself, (d_model), (position, d_model) or (example, position,
+        d_model), such as a cache of another run holds.
+    """
+
+    kind: Literal["zero", "mean", "patch"]
+    target: str
+    positions: Positions = "all"
+    source: int | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
+        match = _TARGET.fullmatch(self.target)
+        if match is None:
+            raise ValueError(
+                f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_out_0, "
+                "mlp_out_0 or head_out_L0H0, with numbers of your layers and heads"
+            )
+        if (self.kind == "patch") != (self.source is not None):
+            raise ValueError(f"kind={self.kind!r} takes a source if, and only if, it is 'patch'")
+        if match[4] and isinstance(self.source, Tensor):
+            raise ValueError(
+                f"{self.target!r} can be patched from another example of its batch only: "
+                "source=its number"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe it for a store's metadata; a tensor by its shape and a digest."""
+        source: Any = self.source
+        if isinstance(source, Tensor):
+            numbers = source.detach().cpu().double().contiguous().numpy()
+            digest = hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
+            source = {"shape": list(source.shape), "sha256": digest}
+        return {
+            "kind": self.kind,
+            "target": self.target,
+            "positions": described(self.positions),
+            "source": source,
+        }
+
+
+@contextmanager
+def intervened(
+    model: nn.Module, sites: Sites, interventions: Sequence[Intervention], length: int
+) -> Iterator[None]:
+    """Apply interventions to the forward passes inside the block.
+
+    Raises
+    ------
+    ValueError
+        If the model has no such layer, head or activation, or a position is out of range.
+    """
+    with ExitStack() as hooks:
+        for intervention in interventions:
+            site, head = _site_of(sites, intervention)
+            change = _changing(intervention, site, head, length)
+            module = model.get_submodule(site.module)
+            if site.part == "input":
+                handle = module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(_on_output(change))
+            hooks.callback(handle.remove)
+        yield
+
+
+def _site_of(sites: Sites, intervention: Intervention) -> tuple[Site, int | None]:
+    match = _TARGET.fullmatch(intervention.target)
+    assert match is not None
+    number = match[3] or match[4]
+    if number and int(number) >= len(sites.layers):
+        raise ValueError(
+            f"{intervention.target!r}: the model has layers 0 to {len(sites.layers) - 1}"
+        )
+    if match[4] is None:
+        if intervention.target not in sites.plain:
+            why = sites.missing.get(intervention.target, "this model has no such activation")
+            raise ValueError(f"{intervention.target!r}: {why}")
+        return sites.plain[intervention.target], None
+    if int(number) not in sites.heads:
+        raise ValueError(f"{intervention.target!r}: {sites.missing.get(f'head_out_{number}')}")
+    passed = sites.heads[int(number)].passed
+    if int(match[5]) >= passed.heads:
+        raise ValueError(f"{intervention.target!r}: the layer has heads 0 to {passed.heads - 1}")
+    return passed, int(match[5])
+
+
+def _changing(
+    intervention: Intervention, site: Site, head: int | None, length: int
+) -> Callable[[Tensor], Tensor]:
+    """Make the function from an activation to what it is replaced by."""
+    positions = resolve_positions(intervention.positions, length)
+
+    def change(whole: Tensor) -> Tensor:
+        changed = by_example(whole, length).clone()
+        part = changed
+        if head is not None:
+            part = part.unflatten(-1, (site.heads, -1)) if part.ndim == 3 else part
+            part = part[..., head, :]
+        part[:, positions] = _replacement(intervention, part[:, positions], site.scale)
+        return changed.view_as(whole)
+
+    return change
+
+
+def _replacement(intervention: Intervention, now: Tensor, scale: float) -> Tensor:
+    """What stands at the positions after it, (example, position, width)."""
+    if intervention.kind == "zero":
+        return torch.zeros_like(now)
+    if intervention.kind == "mean":
+        return now.mean(0, keepdim=True).expand_as(now)
+    source = intervention.source
+    if isinstance(source, Tensor):
+        given = source.to(now) / scale
+        try:
+            return given.expand_as(now)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the source of {intervention.target!r} has shape {tuple(source.shape)}, the "
+                f"activation (example, position, d_model) {tuple(now.shape)}"
+            ) from error
+    assert source is not None
+    if not -len(now) <= source < len(now):
+        raise ValueError(f"source={source}: the batch has examples 0 to {len(now) - 1}")
+    return now[source].expand_as(now)
+
+
+def _on_input(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    return hook
+
+
+def _on_output(change: Callable[[Tensor], Tensor]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = first_tensor(output)
+        assert hidden is not None
+        if isinstance(output, tuple | list):
+            return (change(hidden), *output[1:])
+        return change(hidden)
+
+    return hook

@@ -1,0 +1,238 @@
+"""Where in a model each activation is read, and written: a module's input or its output."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.canonical import canonical_maps
+from basinscope.models.forward import is_transformer_lens
+from basinscope.models.restrictions import structure_of
+from basinscope.models.stream import Layer, first_tensor, stream_of
+from basinscope.models.structure import ModelStructure, UnknownStructureError
+from basinscope.models.unembedding import find_final_norm
+
+FINAL_NORM = "last_layernorm"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in a model.
+
+    Attributes
+    ----------
+    module : str
+    part : {"input", "output", "weights"}
+        What the module takes, what it returns, or the second thing that it returns.
+    scale : float
+        What is added to the residual stream is so many times that.
+    heads : int
+        The last axis is that many heads side by side; 0 where it is not cut.
+    rows : ndarray or None
+        Which of its last axis; None for all.
+    """
+
+    module: str
+    part: Literal["input", "output", "weights"]
+    scale: float = 1.0
+    heads: int = 0
+    rows: npt.NDArray[np.int64] | None = None
+
+    def read(self, args: Any, kwargs: Any, output: Any, length: int) -> Tensor:
+        """Take the tensor of this site, (example, token, ...), from a call of its module."""
+        if self.part == "input":
+            found = args[0] if args else kwargs[_HIDDEN]
+        elif self.part == "weights":
+            found = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        else:
+            found = first_tensor(output)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{self.module} gives no {self.part} to read here: got {found!r}")
+        found = by_example(found, length)
+        if self.rows is not None:
+            found = found[..., torch.as_tensor(self.rows, device=found.device)]
+        if self.heads and found.ndim == 3:
+            found = found.unflatten(-1, (self.heads, -1))
+        return found if self.scale == 1.0 else found * self.scale
+
+
+def by_example(array: Tensor, length: int) -> Tensor:
+    """Give (example, token, width) where a model has flattened the first two."""
+    return array.unflatten(0, (-1, length)) if array.ndim == 2 else array
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of a layer: what each passes, and what becomes of it.
+
+    Attributes
+    ----------
+    passed : Site
+        (example, token, head, d_head)
+    projection : str
+        The parameter that maps them to the stream.
+    after : tuple of str
+        Norms between there and the stream.
+    scale : float
+    """
+
+    passed: Site
+    projection: str
+    after: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Every activation of a model that can be read.
+
+    Attributes
+    ----------
+    plain : dict of str to Site
+        By the names of :mod:`basinscope.models.activation_cache`.
+    heads : dict of int to Heads
+        By layer.
+    missing : dict of str to str
+        Why a name that other models have cannot be read.
+    layers : tuple of str
+        Names of the layers' modules.
+    """
+
+    plain: dict[str, Site]
+    heads: dict[int, Heads]
+    missing: dict[str, str]
+    layers: tuple[str, ...]
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """Find where the activations of a Hugging Face causal LM or TransformerLens model are.
+
+    Raises
+    ------
+    UnknownStructureError
+        If the model has no list of layers, or does not run on a few tokens.
+    """
+    if is_transformer_lens(model):
+        return _hooked_sites(model)
+    stream = stream_of(model)
+    structure = structure_of(model)
+    plain: dict[str, Site] = {}
+    heads: dict[int, Heads] = {}
+    missing: dict[str, str] = {}
+    for number, layer in enumerate(stream):
+        plain[f"resid_in_{number}"] = Site(layer.module, "input")
+        plain[f"resid_out_{number}"] = Site(layer.module, "output")
+        for name, module, what in (
+            (f"attn_out_{number}", layer.attention_writes, "attention"),
+            (f"mlp_out_{number}", layer.mlp_writes, "MLP"),
+        ):
+            if module is None:
+                missing[name] = f"no output of {layer.module} was seen to be what its {what} adds"
+            else:
+                plain[name] = Site(module, "output", scale=layer.scale)
+        if layer.attention is not None:
+            plain[f"attn_in_{number}"] = Site(layer.attention, "input")
+            plain[f"attn_pattern_{number}"] = Site(layer.attention, "weights")
+        found = _heads(structure, layer, number)
+        if isinstance(found, str):
+            missing[f"head_out_{number}"] = found
+        else:
+            heads[number] = found
+    plain |= _queries_keys_values(model, structure)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    plain["embed"] = Site(next(n for n, m in model.named_modules() if m is embedding), "output")
+    norm = find_final_norm(model)
+    plain[FINAL_NORM] = Site(norm, "input") if norm else Site(stream[-1].module, "output")
+    return Sites(plain, heads, missing, tuple(layer.module for layer in stream))
+
+
+def _heads(structure: ModelStructure, layer: Layer, number: int) -> Heads | str:
+    """A layer's heads, or why they cannot be taken apart."""
+    found = structure.layers[number]
+    if layer.attention is None or layer.output_projection is None:
+        return f"layer {number} has no attention"
+    if found.unknown:
+        return found.unknown
+    if layer.attention_writes is None:
+        return f"no output of {layer.module} was seen to be what its attention adds"
+    return Heads(
+        Site(layer.output_projection, "input", heads=found.num_heads),
+        f"{layer.output_projection}.weight",
+        layer.after_projection,
+        layer.scale,
+    )
+
+
+def _queries_keys_values(model: nn.Module, structure: ModelStructure) -> dict[str, Site]:
+    sites = {}
+    try:
+        maps = canonical_maps(model)
+    except UnknownStructureError:
+        return {}
+    for name, linear in maps.items():
+        match = re.fullmatch(r"(\d+)\.attn\.([qkv])", name)
+        if match is None:
+            continue
+        layer = structure.layers[int(match[1])]
+        kind, heads = {
+            "q": ("queries", layer.num_heads),
+            "k": ("keys", layer.num_groups),
+            "v": ("values", layer.num_groups),
+        }[match[2]]
+        sites[f"{kind}_{match[1]}"] = Site(linear.module, "output", heads=heads, rows=linear.rows)
+    return sites
+
+
+def head_weights(model: nn.Module, heads: Heads) -> Tensor:
+    """Give the map from each head to the stream, (head, d_head, d_model)."""
+    weight = model.get_parameter(heads.projection).detach()
+    if weight.ndim == 3:
+        return weight
+    module = model.get_submodule(heads.projection.rpartition(".")[0])
+    transposed = isinstance(module, nn.Linear) or type(module).__name__ != "Conv1D"
+    return (weight.T if transposed else weight).unflatten(0, (heads.passed.heads, -1))
+
+
+def _hooked_sites(model: nn.Module) -> Sites:
+    """A TransformerLens model, which has a module for each of its activations."""
+    count = int(model.cfg.n_layers)  # type: ignore[union-attr,arg-type]
+    modules = dict(model.named_modules())
+    places = {
+        "resid_in": "hook_resid_pre",
+        "resid_mid": "hook_resid_mid",
+        "resid_out": "hook_resid_post",
+        "attn_in": "ln1",
+        "attn_out": "hook_attn_out",
+        "mlp_out": "hook_mlp_out",
+        "queries": "attn.hook_q",
+        "keys": "attn.hook_k",
+        "values": "attn.hook_v",
+        "attn_pattern": "attn.hook_pattern",
+    }
+    plain = {
+        f"{kind}_{number}": Site(f"blocks.{number}.{place}", "output")
+        for number in range(count)
+        for kind, place in places.items()
+        if f"blocks.{number}.{place}" in modules
+    }
+    plain["embed"] = Site("hook_embed", "output")
+    last = f"blocks.{count - 1}.hook_resid_post"
+    plain[FINAL_NORM] = Site("ln_final", "input") if "ln_final" in modules else Site(last, "output")
+    heads = {
+        number: Heads(
+            Site(f"blocks.{number}.attn.hook_z", "output", heads=int(model.cfg.n_heads)),  # type: ignore[union-attr,arg-type]
+            f"blocks.{number}.attn.W_O",
+        )
+        for number in range(count)
+        if f"blocks.{number}.attn.hook_z" in modules
+    }
+    return Sites(plain, heads, {}, tuple(f"blocks.{number}" for number in range(count)))
+
+
+_HIDDEN = "hidden_states"

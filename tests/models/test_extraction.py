@@ -1,0 +1,307 @@
+"""Extraction: against the models' own outputs, and against models with weights taken out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from basinscope.models.activation_cache import ActivationCache
+from basinscope.models.extraction import ExtractionConfig, Extractor, extract
+from basinscope.models.restrictions import structure_of
+from basinscope.models.sites import find_sites
+from tests.models.models_tiny import CONFIGS, VOCABULARY, tiny
+
+LENGTH = 7
+PARTS = ("resid_in", "resid_mid", "resid_out", "attn_in", "attn_out", "mlp_out", "head_out")
+
+
+def ids(examples: int = 3) -> Tensor:
+    return torch.randint(VOCABULARY, (examples, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def config(*names: str, **settings: Any) -> ExtractionConfig:
+    return ExtractionConfig(**dict.fromkeys(names, True), **settings)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_stream_is_the_sum_of_what_is_written_to_it(name: str) -> None:
+    cache = extract(tiny(name), ids(), config(*PARTS))
+    for layer in range(2):
+        into, mid, out = (cache[f"resid_{place}_{layer}"] for place in ("in", "mid", "out"))
+        attention, mlp = cache[f"attn_out_{layer}"], cache[f"mlp_out_{layer}"]
+        torch.testing.assert_close(into + attention + mlp, out, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(into + attention, mid)
+        assert attention.abs().max() > 1e-3
+        assert mlp.abs().max() > 1e-3
+    torch.testing.assert_close(cache["resid_out_0"], cache["resid_in_1"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_stream_is_the_models_own(name: str) -> None:
+    model = tiny(name)
+    cache = extract(model, ids(), config("resid_in", "resid_out", "logits", "embed", "input_ids"))
+    with torch.no_grad():
+        plain = model(ids(), output_hidden_states=True)
+    torch.testing.assert_close(cache["logits"], plain.logits)
+    torch.testing.assert_close(cache["resid_in_0"], plain.hidden_states[0])
+    torch.testing.assert_close(cache["resid_out_0"], plain.hidden_states[1])
+    torch.testing.assert_close(cache["embed"], model.get_input_embeddings()(ids()))
+    assert torch.equal(cache["input_ids"], ids())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_heads_share_is_what_its_columns_of_the_projection_give(name: str) -> None:
+    """Without the other heads' columns, and without a bias, the layer's attention gives it alone.
+
+    Norms after the attention see another input then, so those models are checked before them.
+    """
+    model = tiny(name)
+    cache = extract(model, ids(), config("head_out", "attn_out"))
+    rest = cache["attn_out_0"] - cache["head_out_0"].sum(-2)
+    assert (rest - rest[:1, :1]).abs().max() < 1e-5 or find_sites(model).heads[0].after
+    if find_sites(model).heads[0].after:
+        torch.testing.assert_close(rest, torch.zeros_like(rest), rtol=0, atol=1e-5)
+        return
+    slices = structure_of(model).layers[0].heads[find_sites(model).heads[0].projection]
+    projection = find_sites(model).heads[0].projection
+    for head in range(4):
+        alone = copy.deepcopy(model)
+        weight = alone.get_parameter(projection)
+        others = torch.from_numpy(slices.head != head)
+        with torch.no_grad():
+            weight[others if slices.axis == 0 else (slice(None), others)] = 0
+        share = extract(alone, ids(), config("attn_out", layers=[0]))["attn_out_0"] - rest
+        torch.testing.assert_close(cache[f"head_out_L0H{head}"], share, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_patterns_are_the_models_own(name: str) -> None:
+    model = tiny(name)
+    kept = model.config._attn_implementation
+    cache = extract(model, ids(), config("attn_pattern", target_token_positions=[2, -1]))
+    assert model.config._attn_implementation == kept
+    eager = tiny(name, attn_implementation="eager")
+    with torch.no_grad():
+        patterns = eager(ids(), output_attentions=True).attentions
+    assert cache["attn_pattern_1"].shape == (3, 4, 2, LENGTH)
+    torch.testing.assert_close(cache["attn_pattern_1"], patterns[1][:, :, [2, -1]])
+    torch.testing.assert_close(cache["attn_pattern_L1H2"], patterns[1][:, 2, [2, -1]])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "opt"])
+def test_queries_keys_and_values_are_what_the_projections_give(name: str) -> None:
+    model = tiny(name)
+    cache = extract(model, ids(), config("queries", "keys", "values", "attn_in"))
+    attention = model.get_submodule(find_sites(model).plain["attn_in_1"].module)
+    for kind, module in (
+        ("queries", attention.q_proj),
+        ("keys", attention.k_proj),
+        ("values", attention.v_proj),
+    ):
+        with torch.no_grad():
+            flat = module(cache["attn_in_1"])
+        found = cache[f"{kind}_1"]
+        assert found.shape[2] == (4 if kind == "queries" or name == "opt" else 2)
+        torch.testing.assert_close(found.flatten(2), flat)
+        torch.testing.assert_close(cache[f"{kind}_L1H1"], found[:, :, 1])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "falcon", "bloom", "phi3", "codegen", "mpt"])
+def test_fused_projections_are_taken_apart_so_that_scores_follow(name: str) -> None:
+    """One-token sequences pass values alone: the values, mapped out, are the heads' shares."""
+    model = tiny(name)
+    single = ids()[:, :1]
+    cache = extract(model, single, config("values", "keys", "head_out"))
+    heads = find_sites(model).heads[0]
+    weight = model.get_parameter(heads.projection).detach()
+    values = cache["values_0"].repeat_interleave(4 // cache["values_0"].shape[2], dim=2)
+    if type(model.get_submodule(heads.projection.rpartition(".")[0])).__name__ != "Conv1D":
+        weight = weight.T
+    shares = torch.einsum("bphs,hsd->bphd", values, weight.unflatten(0, (4, -1)))
+    torch.testing.assert_close(cache["head_out_0"], shares, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(cache["keys_0"], cache["values_0"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_statistics_are_those_of_what_enters_the_final_norm(name: str) -> None:
+    model = tiny(name)
+    cache = extract(model, ids(), config("last_layernorm", "resid_out", layers=[1]))
+    final = cache["resid_out_1"]
+    torch.testing.assert_close(cache["last_layernorm_mean"], final.mean(-1))
+    torch.testing.assert_close(cache["last_layernorm_variance"], final.var(-1, unbiased=False))
+    torch.testing.assert_close(cache["last_layernorm_second_moment"], final.square().mean(-1))
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("all", list(range(LENGTH))),
+        ("last", [LENGTH - 1]),
+        (2, [2]),
+        (-2, [LENGTH - 2]),
+        (slice(1, 6, 2), [1, 3, 5]),
+        ([0, "last", slice(2, 4)], [0, LENGTH - 1, 2, 3]),
+    ],
+)
+def test_positions_are_taken_in_the_order_of_asking(positions: Any, expected: list[int]) -> None:
+    model = tiny("gpt2")
+    whole = extract(model, ids(), config(*PARTS, "last_layernorm", "logits"))
+    some = extract(
+        model, ids(), config(*PARTS, "last_layernorm", "logits", target_token_positions=positions)
+    )
+    assert some.coords["position"].tolist() == expected
+    for name in some:
+        if "position" in some.dims[name]:
+            torch.testing.assert_close(some[name], whole[name][:, expected])
+    averaged = extract(model, ids(), config(*PARTS, average=True, target_token_positions=positions))
+    assert averaged.coords["position"].tolist() == [-1]
+    for name in averaged:
+        if name != "input_ids":
+            torch.testing.assert_close(averaged[name], some[name].mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_activations_keep_the_models_dtype(dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    cache = extract(model, ids(), config(*PARTS, "last_layernorm"))
+    assert cache["resid_mid_1"].dtype == cache["head_out_1"].dtype == dtype
+    assert cache["last_layernorm_mean"].dtype == torch.promote_types(dtype, torch.float32)
+    data = cache.to_dataset()
+    assert data["resid_out_0"].dtype == (np.float32 if dtype == torch.bfloat16 else np.float64)
+    assert np.array_equal(data["resid_out_0"], cache["resid_out_0"].to(torch.float64).numpy())
+
+
+def test_what_is_kept_is_no_view_of_what_the_model_goes_on_with() -> None:
+    model = tiny("gpt2")
+    expected = extract(model, ids(), config("resid_out"))["resid_out_0"].clone()
+
+    extractor = Extractor(model, config("resid_out"))
+
+    def spoil(module: nn.Module, args: Any) -> None:
+        args[0].zero_()
+
+    model.get_submodule("transformer.h.1").register_forward_pre_hook(spoil)
+    torch.testing.assert_close(extractor(ids())["resid_out_0"], expected)
+
+
+def test_layers_after_the_last_one_asked_for_do_not_run() -> None:
+    model = tiny("gpt2")
+    runs: list[int] = []
+    model.get_submodule("transformer.h.1").register_forward_hook(lambda *_: runs.append(1))
+    extractor = Extractor(model, config("resid_out", "embed", layers=[0]))
+    runs.clear()
+    extractor(ids())
+    assert not runs
+    Extractor(model, config("resid_out", "logits", layers=[0]))(ids())
+    assert runs
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = tiny("gpt2").train()
+    before = copy.deepcopy(model.state_dict())
+
+    def hooks() -> int:
+        kinds = ("_forward_hooks", "_forward_pre_hooks")
+        return sum(len(getattr(m, kind)) for m in model.modules() for kind in kinds)
+
+    everything = config(*PARTS, "attn_pattern", "logits", "last_layernorm", "queries")
+    extract(model, ids(), everything)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the middle")
+
+    extractor = Extractor(model, everything)
+    handle = model.get_submodule("transformer.h.1").register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        extractor(ids())
+    handle.remove()
+    assert hooks() == 0
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_dropout_is_off() -> None:
+    model = tiny("gpt2", resid_pdrop=0.5, embd_pdrop=0.5).train()
+    twice = [extract(model, ids(), config("resid_out"))["resid_out_1"] for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_caches_are_put_together_along_the_examples() -> None:
+    model = tiny("gpt2")
+    extractor = Extractor(model, config("resid_out", "head_out"))
+    parts = [extractor(ids()[:1]), extractor(ids()[1:])]
+    together = ActivationCache.cat(parts)
+    whole = extractor(ids())
+    assert together.num_examples == 3
+    for name in whole:
+        torch.testing.assert_close(together[name], whole[name])
+    other = extract(model, ids(), config("resid_out"))
+    with pytest.raises(ValueError, match="only one of them has head_out_0, head_out_1"):
+        ActivationCache.cat([whole, other])
+    elsewhere = extract(model, ids(), config("resid_out", "head_out", target_token_positions=[0]))
+    with pytest.raises(ValueError, match="do not belong together: resid_out_0 is"):
+        ActivationCache.cat([whole, elsewhere])
+    with pytest.raises(ValueError, match="no caches"):
+        ActivationCache.cat([])
+
+
+def test_a_cache_says_what_it_holds() -> None:
+    cache = extract(tiny("gpt2"), ids(), config("resid_out", "head_out"))
+    assert "ActivationCache of GPT2LMHeadModel" in repr(cache)
+    assert "head_out_1   (example: 3, position: 7, head: 4, d_model: 16)  float32" in repr(cache)
+    assert "head_out_L1H3" in cache
+    with pytest.raises(KeyError, match="did you mean 'resid_out_0'"):
+        cache["resid_ou_0"]
+    with pytest.raises(KeyError, match="heads 0 to 3"):
+        cache["head_out_L1H4"]
+    data = cache.to_dataset()
+    assert data["head_out_0"].dims == ("example", "position", "head", "d_model")
+    assert data.attrs["model"]["num_layers"] == 2
+    assert data.attrs["extraction_config"]["head_out"] is True
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda m: extract(m, ids(), config("resid_out", layers=[2])), "layers 0 to 1"),
+        (lambda m: extract(m, ids(), ExtractionConfig(input_ids=False)), "asks for nothing"),
+        (
+            lambda m: extract(m, ids(), config("resid_out", target_token_positions=[LENGTH])),
+            "position 7 is out of range: a sequence has 7 tokens",
+        ),
+        (
+            lambda m: extract(m, ids(), config("resid_out", target_token_positions=[-1, 6])),
+            "names a token twice",
+        ),
+        (
+            lambda m: extract(m, ids(), config("resid_out", target_token_positions="first")),
+            "position 'first': it can be a number, a slice, 'all', 'last'",
+        ),
+        (
+            lambda m: extract(m, ids(), config("resid_out", target_token_positions=slice(9, 9))),
+            "names no token",
+        ),
+        (lambda m: extract(m, ids() + 1000, config("resid_out")), "token id 10.. is no row"),
+        (lambda m: extract(m, ids()[0], config("resid_out")), "shape .example, token."),
+        (lambda m: extract(m, ids().float(), config("resid_out")), "must be integers"),
+        (lambda m: extract(m, ids()[:0], config("resid_out")), "is empty"),
+    ],
+)
+def test_bad_input_is_refused(act: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        act(tiny("gpt2"))
+
+
+def test_layers_that_add_nothing_say_so() -> None:
+    model = tiny("opt", do_layer_norm_before=False)
+    with pytest.raises(ValueError, match="attn_out_0 cannot be extracted: no output of"):
+        extract(model, ids(), config("attn_out"))
+    cache = extract(model, ids(), config("resid_in", "resid_out", "attn_in"))
+    torch.testing.assert_close(cache["resid_out_0"], cache["resid_in_1"])

@@ -1,0 +1,167 @@
+"""Interventions: against models with weights taken out, and against hand-made forward passes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from basinscope.models.extraction import ExtractionConfig, extract
+from basinscope.models.interventions import Intervention
+from basinscope.models.sites import find_sites
+from tests.models.models_tiny import VOCABULARY, tiny
+
+LENGTH = 6
+ALL = ExtractionConfig(
+    resid_in=True, resid_out=True, attn_out=True, mlp_out=True, head_out=True, logits=True
+)
+FAMILIES = ["gpt2", "gpt_neox", "llama", "opt", "gemma2", "granite", "bloom"]
+
+
+def ids() -> Tensor:
+    return torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("target", ["resid_in_1", "resid_out_0", "attn_out_0", "mlp_out_1"])
+def test_zero_sets_an_activation_to_zero_there_and_leaves_the_past_alone(
+    name: str, target: str
+) -> None:
+    model = tiny(name)
+    plain = extract(model, ids(), ALL)
+    cache = extract(model, ids(), ALL, [Intervention("zero", target, positions=[2, 4])])
+    found = cache[target]
+    assert found[:, [2, 4]].abs().max() == 0
+    torch.testing.assert_close(found[:, :2], plain[target][:, :2])
+    torch.testing.assert_close(cache["logits"][:, :2], plain["logits"][:, :2])
+    changed = (cache["logits"] - plain["logits"]).abs().amax((0, 2))
+    assert changed[2] > 1e-3
+    assert changed[4] > 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_zero_on_a_head_is_a_model_without_its_columns(name: str) -> None:
+    model = tiny(name)
+    without = copy.deepcopy(model)
+    heads = find_sites(model).heads[1]
+    weight = without.get_parameter(heads.projection)
+    module = without.get_submodule(heads.projection.rpartition(".")[0])
+    size = weight.shape[0 if type(module).__name__ == "Conv1D" else 1] // 4
+    with torch.no_grad():
+        if type(module).__name__ == "Conv1D":
+            weight[2 * size : 3 * size] = 0
+        else:
+            weight[:, 2 * size : 3 * size] = 0
+        expected = without(ids()).logits
+    cache = extract(model, ids(), ALL, [Intervention("zero", "head_out_L1H2")])
+    torch.testing.assert_close(cache["logits"], expected)
+    assert cache["head_out_L1H2"].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("target", ["resid_out_0", "attn_out_1", "mlp_out_0", "head_out_L0H1"])
+def test_mean_is_over_the_examples_at_the_same_position(target: str) -> None:
+    model = tiny("llama")
+    plain = extract(model, ids(), ALL)
+    cache = extract(model, ids(), ALL, [Intervention("mean", target, positions="last")])
+    expected = plain[target][:, -1].mean(0)
+    for example in range(3):
+        torch.testing.assert_close(cache[target][example, -1], expected)
+    torch.testing.assert_close(cache[target][:, :-1], plain[target][:, :-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("target", ["embed", "resid_out_0", "attn_out_0", "mlp_out_0"])
+def test_patching_takes_from_another_example_or_another_run(name: str, target: str) -> None:
+    model = tiny(name)
+    config = ExtractionConfig(
+        embed=True, resid_out=True, attn_out=True, mlp_out=True, head_out=True, logits=True
+    )
+    plain = extract(model, ids(), config)
+    within = extract(model, ids(), config, [Intervention("patch", target, [1, 3], source=0)])
+    torch.testing.assert_close(within["logits"][0], plain["logits"][0])
+    torch.testing.assert_close(within[target][2, 3], plain[target][0, 3])
+    if not (name == "gemma2" and target == "embed"):
+        assert (within["logits"] - plain["logits"])[1:].abs().amax((0, 2))[1] > 1e-3
+    given = Intervention("patch", target, [1, 3], source=plain[target][0, [1, 3]])
+    across = extract(model, ids(), config, [given])
+    torch.testing.assert_close(across["logits"], within["logits"])
+
+
+def test_patching_the_whole_stream_makes_an_example_the_other() -> None:
+    model = tiny("gpt_neox")
+    cache = extract(model, ids(), ALL, [Intervention("patch", "resid_out_0", source=1)])
+    for example in (0, 2):
+        torch.testing.assert_close(cache["logits"][example], cache["logits"][1])
+    heads = [Intervention("patch", f"head_out_L0H{head}", source=1) for head in range(4)]
+    by_heads = extract(model, ids(), ALL, heads)
+    whole = extract(model, ids(), ALL, [Intervention("patch", "attn_out_0", source=1)])
+    torch.testing.assert_close(by_heads["logits"], whole["logits"])
+
+
+def test_interventions_are_gone_afterwards_and_written_down() -> None:
+    model = tiny("gpt2")
+    plain = extract(model, ids(), ALL)
+    tensor = torch.ones(16)
+    interventions = [
+        Intervention("zero", "head_out_L0H1"),
+        Intervention("patch", "mlp_out_1", slice(0, 2), source=tensor),
+    ]
+    cache = extract(model, ids(), ALL, interventions)
+    assert not torch.allclose(cache["logits"], plain["logits"])
+    torch.testing.assert_close(extract(model, ids(), ALL)["logits"], plain["logits"])
+    zero, patch = cache.metadata["interventions"]
+    assert zero == {
+        "kind": "zero",
+        "target": "head_out_L0H1",
+        "positions": "all",
+        "source": None,
+    }
+    assert patch["positions"] == [0, 2, None]
+    assert patch["source"]["shape"] == [16]
+    other = Intervention("patch", "mlp_out_1", slice(0, 2), source=tensor + 1).to_dict()
+    assert other["source"]["sha256"] != patch["source"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none", "resid_in_0"), "choose one of zero, mean, patch"),
+        (("zero", "resid_mid_0"), "it can be embed, resid_in_0"),
+        (("patch", "resid_in_0"), "takes a source if, and only if"),
+        (("zero", "resid_in_0", "all", 1), "takes a source if, and only if"),
+        (("patch", "head_out_L0H0", "all", torch.ones(4)), "from another example of its batch"),
+    ],
+)
+def test_interventions_that_make_no_sense_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Intervention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("intervention", "message"),
+    [
+        (Intervention("zero", "resid_in_2"), "layers 0 to 1"),
+        (Intervention("zero", "head_out_L0H4"), "heads 0 to 3"),
+        (Intervention("zero", "head_out_L2H0"), "layers 0 to 1"),
+        (Intervention("zero", "resid_in_0", [LENGTH]), "position 6 is out of range"),
+        (Intervention("patch", "resid_in_0", source=3), "examples 0 to 2"),
+        (Intervention("patch", "resid_in_0", source=torch.ones(5)), "has shape .5,."),
+    ],
+)
+def test_interventions_that_do_not_fit_are_refused(
+    intervention: Intervention, message: str
+) -> None:
+    model = tiny("gpt2")
+    with pytest.raises(ValueError, match=message):
+        extract(model, ids(), ALL, [intervention])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_model_that_adds_no_attention_says_why() -> None:
+    model = tiny("opt", do_layer_norm_before=False)
+    config = ExtractionConfig(resid_out=True)
+    with pytest.raises(ValueError, match="no output of"):
+        extract(model, ids(), config, [Intervention("zero", "attn_out_0")])
