@@ -1,0 +1,89 @@
+"""``basinscope extract``: activations of a data set, from the shell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from basinscope.report.console import out, readable_errors, short_warnings
+
+
+def extract(
+    model: Annotated[str, typer.Argument(help="A Hugging Face causal LM: a directory or a name.")],
+    data: Annotated[
+        Path, typer.Argument(help="A saved Dataset, or a parquet, JSON, CSV or text file.")
+    ],
+    output: Annotated[Path, typer.Option("--out", "-o", help="The store to write.")],
+    what: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--take",
+            help="resid_in, resid_mid, resid_out, attn_in, attn_out, mlp_out, head_out, queries, "
+            "keys, values, attn_pattern, embed, last_layernorm, logits; may be given again. "
+            "Default: resid_out and last_layernorm.",
+        ),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="all, or such as 0,3,5.")] = "all",
+    positions: Annotated[
+        str, typer.Option(help="Tokens: all, last, or such as 0,5,-1 or 2:8.")
+    ] = "all",
+    average: Annotated[bool, typer.Option("--average", help="Average over the tokens.")] = False,
+    rows: Annotated[int | None, typer.Option(help="Only the first so many sequences.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 8,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence, where the data is text.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    unembedding: Annotated[
+        bool, typer.Option(help="Store the unembedding too, for basinscope lens.")
+    ] = True,
+) -> None:
+    """Stream activations of a data set to a store. The same command continues a stopped run."""
+    with readable_errors(), short_warnings():
+        from basinscope.extraction import extract_dataset
+        from basinscope.models.extraction import ExtractionConfig
+        from basinscope.models.positions import parse_positions
+        from basinscope.sampling.loading import load_model, load_tokens
+
+        kinds = what or ["resid_out", "last_layernorm"]
+        _refuse_unknown(kinds)
+        config = ExtractionConfig(
+            **dict.fromkeys(kinds, True),
+            layers="all" if layers == "all" else _numbers(layers),
+            target_token_positions=parse_positions(positions),
+            average=average,
+        )
+        dataset = load_tokens(data, model, max_length=max_length)
+        if rows is not None:
+            dataset = dataset.select(range(min(rows, len(dataset))))
+        tree = extract_dataset(
+            load_model(model, dtype).to(device),
+            dataset,
+            config,
+            output=output,
+            batch_size=batch_size,
+            save_unembedding=unembedding,
+        )
+        gigabytes = tree.nbytes / 1e9
+        out.print(
+            f"{output}: {len(tree.data_vars)} arrays of {len(dataset):,} sequences, "
+            f"{gigabytes:,.2f} GB. Next: basinscope lens {output}",
+            soft_wrap=True,
+        )
+
+
+def _refuse_unknown(kinds: list[str]) -> None:
+    from basinscope.models.extraction import DIMS
+
+    if unknown := [kind for kind in kinds if kind not in DIMS]:
+        raise ValueError(f"--take {', '.join(unknown)}: choose of {', '.join(DIMS)}")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--layers {text!r}: all, or numbers such as 0,3,5") from error

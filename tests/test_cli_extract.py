@@ -1,0 +1,73 @@
+"""``basinscope extract``: from a folder with a model and data to a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner, Result
+
+from basinscope.cli_extract import extract
+from basinscope.io.activation_store import open_activations
+from basinscope.models.extraction import ExtractionConfig
+from basinscope.models.extraction import extract as extract_batch
+from tests.conftest import token_rows
+from tests.models_small import tiny_model
+
+app = typer.Typer()
+app.command()(extract)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("gpt_neox").save_pretrained(tmp_path / "model")
+    token_rows(12, 9, seed=1).save_to_disk(tmp_path / "data")
+    return tmp_path
+
+
+def test_the_store_holds_what_was_asked_for(folder: Path) -> None:
+    options = ["--take", "resid_out", "--take", "head_out", "--positions", "0,-1", "--rows", "5"]
+    done = invoke(folder, *options)
+    assert done.exit_code == 0, done.output
+    assert "5 arrays of 5 sequences" in done.output
+    tree = open_activations(folder / "a.zarr")
+    ids = torch.from_numpy(tree["input_ids"].values)
+    assert np.array_equal(ids, token_rows(12, 9, seed=1)[:5]["input_ids"])
+    config = ExtractionConfig(resid_out=True, head_out=True, target_token_positions=[0, -1])
+    cache = extract_batch(tiny_model("gpt_neox"), ids, config)
+    for name in cache:
+        np.testing.assert_allclose(tree[name].values, cache[name].numpy(), rtol=1e-5, atol=1e-6)
+    assert invoke(folder, *options).exit_code == 0, "the same command gives the same store"
+
+
+def test_the_usual_store_is_ready_for_a_lens(folder: Path) -> None:
+    assert invoke(folder).exit_code == 0
+    tree = open_activations(folder / "a.zarr")
+    assert {"resid_out_0", "resid_out_1", "last_layernorm_mean", "input_ids"} <= set(tree.data_vars)
+    assert "weight" in tree["unembedding"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--take", "resid"], "--take resid: choose of embed, resid_in"),
+        (["--layers", "one"], "--layers 'one': all, or numbers"),
+        (["--layers", "7"], "the model has layers 0 to 1"),
+        (["--positions", "first"], "positions 'first'"),
+        (["--positions", "9"], "position 9 is out of range"),
+        (["--dtype", "int8"], "dtype must be one of"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(folder: Path, options: list[str], message: str) -> None:
+    done = invoke(folder, *options)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (folder / "a.zarr").exists()
+
+
+def invoke(folder: Path, *options: str) -> Result:
+    given = [folder / "model", folder / "data", "-o", folder / "a.zarr", *options]
+    return CliRunner().invoke(app, [str(part) for part in given])

@@ -1,0 +1,114 @@
+"""Activations of whole data sets: the store against batches in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from basinscope.extraction import extract_dataset
+from basinscope.io.activation_store import ActivationWriter, open_activations
+from basinscope.io.store import StoreMismatchError
+from basinscope.models.extraction import ExtractionConfig, extract
+from basinscope.models.interventions import Intervention
+from tests.models.models_tiny import VOCABULARY, tiny
+
+ROWS, LENGTH = 21, 6
+CONFIG = ExtractionConfig(
+    resid_out=True, head_out=True, last_layernorm=True, target_token_positions=[1, -1]
+)
+
+
+def ids() -> np.ndarray:
+    return np.random.default_rng(4).integers(0, VOCABULARY, (ROWS, LENGTH))
+
+
+def dataset() -> Dataset:
+    return Dataset.from_dict({"input_ids": ids()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_store_holds_what_one_batch_would(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    tree = extract_dataset(model, dataset(), CONFIG, output=tmp_path / "a.zarr", batch_size=4)
+    cache = extract(model, torch.from_numpy(ids()), CONFIG)
+    assert set(tree.data_vars) == set(cache)
+    for name in cache:
+        assert tree[name].dims == cache.dims[name]
+        expected = cache.to_dataset()[name].values
+        tolerance = 1e-5 if dtype == torch.float32 else 0.05
+        np.testing.assert_allclose(tree[name].values, expected, rtol=tolerance, atol=tolerance)
+    assert tree.coords["position"].values.tolist() == [1, 5]
+    assert tree.attrs["completed"] == 1
+    assert tree.attrs["extraction_config"]["target_token_positions"] == [1, -1]
+    assert tree["unembedding"]["weight"].shape == (VOCABULARY, 16)
+    assert tree["unembedding"].attrs["norm"] == "rms"
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("gpt2")
+    whole = extract_dataset(model, dataset(), CONFIG, output=tmp_path / "whole.zarr", batch_size=4)
+    append = ActivationWriter.append
+    seen: list[int] = []
+
+    def stop_in_the_middle(self: ActivationWriter, arrays: Any) -> None:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(self.examples_done)
+        append(self, arrays)
+
+    monkeypatch.setattr(ActivationWriter, "append", stop_in_the_middle)
+    monkeypatch.setattr("basinscope.io.activation_layout.CHUNK_EXAMPLES", 4)
+    path = tmp_path / "stopped.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        extract_dataset(model, dataset(), CONFIG, output=path, batch_size=4)
+    with pytest.raises(ValueError, match="is incomplete: it has 12 of 21 examples"):
+        open_activations(path)
+    seen.clear()
+    seen.extend([-3, -2])
+    monkeypatch.setattr(
+        ActivationWriter, "append", lambda s, a: (seen.append(s.examples_done), append(s, a))[1]
+    )
+    tree = extract_dataset(model, dataset(), CONFIG, output=path, batch_size=4)
+    assert seen[2:] == [12, 16, 20]
+    for name in whole.data_vars:
+        np.testing.assert_allclose(tree[name].values, whole[name].values, rtol=1e-5, atol=1e-5)
+    assert extract_dataset(model, dataset(), CONFIG, output=path).attrs["completed"] == 1
+
+
+def test_other_settings_or_data_are_refused(tmp_path: Path) -> None:
+    model, path = tiny("gpt2"), tmp_path / "a.zarr"
+    extract_dataset(model, dataset(), CONFIG, output=path)
+    zero = [Intervention("zero", "attn_out_0")]
+    with pytest.raises(StoreMismatchError, match="interventions"):
+        extract_dataset(model, dataset(), CONFIG, output=path, interventions=zero)
+    other = Dataset.from_dict({"input_ids": ids()[::-1]})
+    with pytest.raises(StoreMismatchError, match="dataset"):
+        extract_dataset(model, other, CONFIG, output=path)
+    moved = tiny("gpt2")
+    with torch.no_grad():
+        moved.get_parameter("transformer.h.0.mlp.c_fc.weight")[0, 0] += 1
+    with pytest.raises(StoreMismatchError, match="model"):
+        extract_dataset(moved, dataset(), CONFIG, output=path)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        extract_dataset(model, dataset(), CONFIG, output=path, batch_size=0)
+    with pytest.raises(ValueError, match="no column 'input_ids'"):
+        extract_dataset(model, Dataset.from_dict({"text": ["a"]}), CONFIG, output=path)
+
+
+def test_a_model_without_a_known_unembedding_is_stored_without(tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Softmax(-1))
+    with pytest.warns(UserWarning, match="stored without an unembedding"):
+        tree = extract_dataset(model, dataset(), CONFIG, output=tmp_path / "a.zarr")
+    assert "unembedding" not in tree.children
+    plain = extract_dataset(
+        tiny("gpt2"), dataset(), CONFIG, output=tmp_path / "b.zarr", save_unembedding=False
+    )
+    assert "unembedding" not in plain.children
