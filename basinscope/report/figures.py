@@ -47,7 +47,7 @@ def save_figures(
 
     llc = compute_llc(tree).compute()
     figures = {"loss_traces": loss_traces(llc), "running_llc": running_llc(llc)}
-    if _observables(tree):
+    if observables_of(tree):
         figures["token_loss_shift"] = token_loss_shift(tree, checkpoint_losses=checkpoint_losses)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -170,12 +170,13 @@ def token_loss_shift(
     return figure
 
 
-def _observables(tree: xr.DataTree) -> list[str]:
+def observables_of(tree: xr.DataTree) -> list[str]:
+    """Names of a store's observables."""
     return sorted(str(name)[5:] for name in tree.data_vars if str(name).startswith("loss_"))
 
 
 def _chosen(tree: xr.DataTree, observable: str | Iterable[str] | None) -> list[str]:
-    available = _observables(tree)
+    available = observables_of(tree)
     wanted = [observable] if isinstance(observable, str) else list(observable or available)
     missing = [name for name in wanted if name not in available]
     if missing or not wanted:

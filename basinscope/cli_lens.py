@@ -1,0 +1,319 @@
+"""The command ``basinscope lens``: what each layer would say next, read from stored activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from basinscope.report.console import out, readable_errors, short_warnings
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from basinscope.lens import LogitLens
+
+STREAMS = ("resid_in", "resid_mid", "resid_out")
+TOKEN_CELLS = 14  # of a terminal, for one token and its probability
+Words = Callable[[int], str]
+
+
+def lens(
+    store: Annotated[Path, typer.Argument(help="A store of activations (.zarr), or its run.")],
+    layer: Annotated[str, typer.Option(help="all, or such as 0,4:8.")] = "all",
+    position: Annotated[
+        str, typer.Option(help="all, or such as 0:8, counted as they are stored.")
+    ] = "all",
+    example: Annotated[int, typer.Option(help="Which sequence, from 0.")] = 0,
+    top: Annotated[int, typer.Option(help="Tokens of each layer and position.")] = 1,
+    stream: Annotated[str, typer.Option(help="resid_in, resid_mid or resid_out.")] = "resid_out",
+    text: Annotated[
+        bool, typer.Option("--text", help="Show tokens as text: takes the model's tokenizer.")
+    ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, tokenizer.json or name of it, with --text. Default: the model."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name or folder of the model, for stores without their unembedding."),
+    ] = None,
+    measures: Annotated[
+        bool, typer.Option("--measures", help="Entropy, divergence, cross-entropy and rank.")
+    ] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with all measures to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the tokens that each layer's residual stream points to, at each position.
+
+    A store that carries its unembedding is read without torch and without its model.
+    """
+    with readable_errors(), short_warnings():
+        from basinscope.io.activation_store import open_activations
+        from basinscope.report.page import require_new
+
+        if html is not None:
+            require_new(html)
+        dataset = open_activations(store, allow_incomplete=True).to_dataset()
+        layers, chosen = _chosen(dataset, stream, layer, position, example)
+        words = _words(dataset, tokenizer) if text or tokenizer else str
+        reader = _reader(store, dataset, model)
+        pattern = f"{stream}_{{i}}"
+        one = {"layer": layers, "example": 0}
+        found = reader.top_tokens(chosen, pattern, top).sel(one).compute()
+        measured = None
+        if measures or html:
+            measured = reader.measures(chosen, pattern).sel(one).compute()
+        read = _read_tokens(chosen)
+        if png is not None:
+            _draw(png, found, words, read, f"Logit lens of {reader.model_name or store.name}")
+        if html is not None:
+            facts = {
+                "store": store,
+                "model": _model_name(dataset) or "unknown",
+                "sequence": example,
+                "stream": stream,
+            }
+            _write_page(html, facts, found, measured, words, read)
+        if as_json:
+            print(json.dumps(_figures(store, example, found, measured, read, words)))
+            return
+        heading = f"{store}, sequence {example}: top tokens of {stream} and their probabilities"
+        out.print(escape(heading), soft_wrap=True)
+        for table in _token_tables(found, read, words):
+            out.print(table)
+        if measures and measured is not None:
+            out.print(_measures_table(measured))
+        for file in filter(None, (png, html)):
+            out.print(f"written to {escape(str(file))}", soft_wrap=True)
+
+
+def _chosen(
+    dataset: xr.Dataset, stream: str, layer: str, position: str, example: int
+) -> tuple[list[int], xr.Dataset]:
+    """Numbers of the layers, and the activations of one example; nothing is read."""
+    from basinscope.analysis.lens_inputs import matching_keys, numbers_in
+
+    if stream not in STREAMS:
+        raise ValueError(f"--stream {stream!r}: give {', '.join(STREAMS[:-1])} or {STREAMS[-1]}")
+    try:
+        there = [numbers_in(key)[0] for key in matching_keys(dataset, f"{stream}_{{i}}")]
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    examples, positions = dataset.sizes["example"], dataset.sizes["position"]
+    if not 0 <= example < examples:
+        raise ValueError(f"--example {example}: the store has sequences 0 to {examples - 1}")
+    places = _numbers("--position", position, range(positions))
+    return (
+        _numbers("--layer", layer, there),
+        dataset.isel(example=[example], position=places),
+    )
+
+
+def _numbers(option: str, text: str, there: Sequence[int]) -> list[int]:
+    """Read "all" or "0,4:8" as some of the numbers that there are."""
+    if text == "all":
+        return list(there)
+    found: list[int] = []
+    try:
+        for part in text.split(","):
+            first, colon, last = part.partition(":")
+            found += range(int(first), int(last)) if colon else [int(first)]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: give all, or numbers such as 0,4:8") from None
+    absent = [number for number in found if number not in there]
+    if absent or not found:
+        raise ValueError(
+            f"{option} {text!r}: the store has {min(there)} to {max(there)}"
+            + (f", not {absent[0]}" if absent else "")
+        )
+    return sorted(set(found))
+
+
+def _reader(store: Path, dataset: xr.Dataset, model: str | None) -> LogitLens:
+    """The lens of the store, or else of its model."""
+    from basinscope.io.activation_store import open_activations
+    from basinscope.lens import LogitLens
+
+    if "unembedding" in open_activations(store, allow_incomplete=True).children:
+        return LogitLens.from_store(store)
+    if model is None:
+        raise ValueError(
+            f"{store} holds no unembedding: give its model with --model NAME (it says it is of "
+            f"{_model_name(dataset) or 'no model'})"
+        )
+    return LogitLens.from_model_name(model)
+
+
+def _model_name(dataset: xr.Dataset) -> str | None:
+    found: dict[str, Any] = dataset.attrs.get("model", {})
+    return found.get("name_or_path")
+
+
+def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
+    """From a token id to its text."""
+    name = tokenizer or _model_name(dataset)
+    if name is None:
+        raise ValueError("the store does not name its model: give --tokenizer too")
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        found: Any = Tokenizer.from_file(str(file))
+        whole, piece = found.decode, found.id_to_token
+    else:
+        from transformers import AutoTokenizer
+
+        found = AutoTokenizer.from_pretrained(name)
+        whole, piece = found.decode, found.convert_ids_to_tokens
+
+    def word(token: int) -> str:
+        shown: str = whole([token], skip_special_tokens=False)
+        # part of a character is no text, and some ids are not the tokenizer's
+        return shown if shown and "\ufffd" not in shown else piece(token) or str(token)
+
+    return word
+
+
+def _read_tokens(chosen: xr.Dataset) -> np.ndarray | None:
+    """The token at each position, -1 where that is an average; None where ids are not stored."""
+    if "input_ids" not in chosen or "position" not in chosen.coords:
+        return None
+    ids = chosen["input_ids"].isel(example=0).to_numpy()
+    places = chosen["position"].to_numpy()
+    return np.where(places >= 0, ids[np.maximum(places, 0)], -1)
+
+
+def _draw(png: Path, found: xr.Dataset, words: Words, read: np.ndarray | None, title: str) -> None:
+    from basinscope.report.figures import DPI
+    from basinscope.report.lens_figures import lens_heat_map
+
+    figure = lens_heat_map(found.expand_dims("example"), words=words, input_ids=read, title=title)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=DPI)
+
+
+def _write_page(
+    html: Path,
+    facts: dict[str, Any],
+    found: xr.Dataset,
+    measured: xr.Dataset | None,
+    words: Words,
+    read: np.ndarray | None,
+) -> None:
+    from basinscope.report.lens_page import lens_page
+
+    assert measured is not None
+    lens_page(
+        html,
+        found.expand_dims("example", axis=1),
+        measured.expand_dims("example", axis=1),
+        facts,
+        words=words,
+        input_ids=None if read is None else read[None],
+    )
+
+
+def _places(found: xr.Dataset) -> list[str]:
+    """What to call the positions."""
+    count = found.sizes["position"]
+    places = found["position"].to_numpy() if "position" in found.coords else np.arange(count)
+    return ["mean" if place < 0 else str(place) for place in places]
+
+
+def _token_tables(found: xr.Dataset, read: np.ndarray | None, words: Words) -> Iterator[Table]:
+    """A row for each position and a column for each layer; more tables where they are too wide."""
+    layers = found["layer"].to_numpy().tolist()
+    at_once = max(1, (out.width - 2 * TOKEN_CELLS) // (TOKEN_CELLS + 2))
+    for start in range(0, len(layers), at_once):
+        table = Table(show_edge=False, show_lines=found.sizes["k"] > 1)
+        table.add_column("position", justify="right")
+        table.add_column("token", no_wrap=True)
+        for number in layers[start : start + at_once]:
+            table.add_column(f"layer {number}", no_wrap=True)
+        for place, name in enumerate(_places(found)):
+            token = "" if read is None or read[place] < 0 else _quoted(words(int(read[place])))
+            cells = [
+                _cell(found.isel(layer=layer, position=place), words)
+                for layer in range(start, min(start + at_once, len(layers)))
+            ]
+            table.add_row(name, Text(token), *cells)
+        yield table
+
+
+def _cell(one: xr.Dataset, words: Words) -> Text:
+    """The top tokens of one layer at one position, a line for each."""
+    lines = [
+        f"{_quoted(words(token)) if token >= 0 else 'not finite':<8} {share:.2f}"
+        for token, share in zip(
+            one["token"].to_numpy().tolist(), one["probability"].to_numpy().tolist(), strict=True
+        )
+    ]
+    return Text("\n".join(lines))
+
+
+def _quoted(word: str) -> str:
+    """A word with its spaces to be seen, at most eight characters of it."""
+    shown = "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in word)
+    return shown if len(shown) <= 8 else f"{shown[:7]}…"
+
+
+def _measures_table(measured: xr.Dataset) -> Table:
+    """Means over the positions, a row for each layer."""
+    table = Table(title="Means over the positions", title_justify="left", show_edge=False)
+    table.add_column("layer", justify="right")
+    for name, values in measured.data_vars.items():
+        units = "" if values.attrs["units"] == "1" else f" ({values.attrs['units']})"
+        table.add_column(f"{str(name).replace('_', ' ')}{units}", justify="right")
+    for number, row in zip(
+        measured["layer"].to_numpy(), measured.mean("position").to_dataarray().T.to_numpy(),
+        strict=True,
+    ):  # fmt: skip
+        table.add_row(str(number), *(f"{value:.3f}" for value in row))
+    return table
+
+
+def _figures(
+    store: Path,
+    example: int,
+    found: xr.Dataset,
+    measured: xr.Dataset | None,
+    read: np.ndarray | None,
+    words: Words,
+) -> dict[str, Any]:
+    """Everything that the tables show, for JSON: lists are (layer, position) or (..., k)."""
+    tokens = found["token"].to_numpy()
+    return {
+        "store": str(store),
+        "example": example,
+        "layers": found["layer"].to_numpy().tolist(),
+        "positions": _places(found),
+        "input_ids": None if read is None else read.tolist(),
+        "tokens": tokens.tolist(),
+        "words": _mapped(lambda token: words(token) if token >= 0 else None, tokens.tolist()),
+        "probabilities": _mapped(_finite, found["probability"].to_numpy().tolist()),
+        "measures": {
+            str(name): _mapped(_finite, values.to_numpy().tolist())
+            for name, values in (measured.data_vars.items() if measured is not None else ())
+        },
+    }
+
+
+def _mapped(change: Callable[[Any], Any], nested: Any) -> Any:
+    if isinstance(nested, list):
+        return [_mapped(change, inner) for inner in nested]
+    return change(nested)
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None

@@ -1,0 +1,73 @@
+"""Pages: whole, on their own, and with the numbers they were given."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import pytest
+
+from basinscope.analysis.llc import compute_llc
+from basinscope.report.lens_page import lens_page
+from basinscope.report.page import section, table, write_page
+from basinscope.report.samples_page import samples_page
+from basinscope.report.tables import llc_figures
+from tests.report.test_figures import small_tree
+from tests.report.test_lens_figures import WORDS, measures, top
+
+SOURCE = re.compile(r'(?:src|href)="([^"]*)"')
+
+
+def test_what_a_page_is_given_is_text_and_no_markup(tmp_path: Path) -> None:
+    content = table("<b>", [("<i>", "1")])
+    path = write_page(tmp_path / "a.html", "<u>", {"<s>": "<q>"}, [section("<em>", content)])
+    page = path.read_text()
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<q>", "<em>"):
+        assert tag not in page
+        assert tag.replace("<", "&lt;").replace(">", "&gt;") in page
+    assert "fieldset>" not in page.partition("<body>")[2]
+
+
+def test_a_page_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    path.write_text("mine")
+    with pytest.raises(FileExistsError, match="left as it is: choose another name"):
+        write_page(path, "title", {}, [])
+    with pytest.raises(FileExistsError, match="left as it is"):
+        samples_page(small_tree(), path, "store")
+    assert path.read_text() == "mine"
+
+
+def test_a_page_about_samples_has_the_llc_and_the_figures(tmp_path: Path) -> None:
+    tree = small_tree()
+    page = samples_page(tree, tmp_path / "new" / "a.html", "runs/s.zarr").read_text()
+    llc = compute_llc(tree).compute()
+    figures = llc_figures(llc)
+    assert f"{figures['llc_mean']:.3f} ± {figures['llc_error']:.3f}" in page
+    for value in llc["llc_per_chain"].to_numpy():
+        assert f"<td>{value:.3f}</td>" in page
+    assert "runs/s.zarr" in page
+    sources = SOURCE.findall(page)
+    assert len(sources) == 3
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+
+
+def test_a_page_of_a_lens_has_a_picture_for_each_measure_and_part(tmp_path: Path) -> None:
+    found, measured = top(), measures()
+    path = tmp_path / "a.html"
+    page = lens_page(path, found, measured, {"store": "s"}, words=lambda i: WORDS[i]).read_text()
+    choices = re.findall(r'type="radio" name="shown" value="(\w+)"', page)
+    assert choices == ["probability", "logit", "entropy", "kl_to_final", "cross_entropy", "rank"]
+    assert page.count("<section>") == 2
+    sources = SOURCE.findall(page)
+    assert len(sources) == 2 * len(choices)
+    svg = base64.b64decode(sources[0].partition(",")[2]).decode()
+    assert svg.startswith("<?xml")
+    for choice in choices:
+        assert f'body[data-shown="{choice}"] .{choice}' in page
+
+    longer = top(40)
+    measured = measured.isel(position=[0] * 40)
+    more = lens_page(tmp_path / "b.html", longer, measured, {}).read_text()
+    assert len(SOURCE.findall(more)) == 2 * len(choices) * 3
