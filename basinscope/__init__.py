@@ -11,13 +11,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from basinscope.activations import ActivationLoader, ActivationSaver
+    from basinscope.analysis.attribution import AttributionStore
     from basinscope.analysis.bif import compute_bif
     from basinscope.analysis.llc import compute_llc
     from basinscope.analysis.susceptibilities import compute_susceptibilities
     from basinscope.api import bif, llc, plan, susceptibilities
+    from basinscope.attribution.harvest import harvest_attributions
+    from basinscope.extraction import extract_dataset
+    from basinscope.io.activation_store import open_activations
+    from basinscope.io.attributions_merge import merge_attributions
     from basinscope.io.store import open_store
+    from basinscope.lens import LogitLens
+    from basinscope.models.activation_cache import ActivationCache
+    from basinscope.models.extraction import ExtractionConfig, extract
+    from basinscope.models.interventions import Intervention
     from basinscope.models.preview import preview_weight_restriction
     from basinscope.models.restrictions import all_heads, all_layers, create_param_masks
+    from basinscope.sampling.check import check_model
     from basinscope.sampling.sample import sample
     from basinscope.sampling.tokenize import tokenize_and_concatenate
 
@@ -34,20 +45,46 @@ _HOME = {
     "all_heads": "basinscope.models.restrictions",
     "all_layers": "basinscope.models.restrictions",
     "preview_weight_restriction": "basinscope.models.preview",
+    "check_model": "basinscope.sampling.check",
     "open_store": "basinscope.io.store",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
+    "extract": "basinscope.models.extraction",
+    "ExtractionConfig": "basinscope.models.extraction",
+    "ActivationCache": "basinscope.models.activation_cache",
+    "Intervention": "basinscope.models.interventions",
+    "extract_dataset": "basinscope.extraction",
+    "open_activations": "basinscope.io.activation_store",
+    "ActivationSaver": "basinscope.activations",
+    "ActivationLoader": "basinscope.activations",
+    "LogitLens": "basinscope.lens",
+    "harvest_attributions": "basinscope.attribution.harvest",
+    "AttributionStore": "basinscope.analysis.attribution",
+    "merge_attributions": "basinscope.io.attributions_merge",
 }
 
 __all__ = [
+    "ActivationCache",
+    "ActivationLoader",
+    "ActivationSaver",
+    "AttributionStore",
+    "ExtractionConfig",
+    "Intervention",
+    "LogitLens",
     "__version__",
     "all_heads",
     "all_layers",
     "bif",
+    "check_model",
     "compute_bif",
     "compute_llc",
     "compute_susceptibilities",
     "create_param_masks",
+    "extract",
+    "extract_dataset",
+    "harvest_attributions",
     "llc",
+    "merge_attributions",
+    "open_activations",
     "open_store",
     "plan",
     "preview_weight_restriction",

@@ -1,4 +1,4 @@
-"""The command line: ``basinscope demo | sample | llc | bif | susceptibilities | info | doctor``."""
+"""The command line, ``basinscope --help``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from basinscope import cli_analysis
+from basinscope import (
+    cli_activations,
+    cli_analysis,
+    cli_attribution,
+    cli_check,
+    cli_extract,
+    cli_lens,
+)
 from basinscope.report.console import err, out, readable_errors, short_warnings
 
 CHAIN_FAILED = 3  # exit code of a run in which a chain failed
@@ -90,9 +97,14 @@ def sample(
         raise typer.Exit(CHAIN_FAILED)
 
 
+app.command()(cli_check.check)
 app.command()(cli_analysis.llc)
 app.command()(cli_analysis.bif)
 app.command()(cli_analysis.susceptibilities)
+app.command()(cli_extract.extract)
+app.command()(cli_lens.lens)
+app.add_typer(cli_activations.app, name="activations")
+app.add_typer(cli_attribution.app, name="attribute")
 
 
 @app.command()
@@ -125,6 +137,20 @@ def info(store: StorePath) -> None:
             if seconds := total_seconds(records):
                 out.print()
                 out.print(phases_table(seconds))
+
+
+@app.command()
+def report(
+    store: StorePath,
+    output: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+) -> None:
+    """Write a page about a sampling store: its LLC, its chains, where single tokens move."""
+    with readable_errors(), short_warnings():
+        from basinscope.io.store import open_store
+        from basinscope.report.samples_page import samples_page
+
+        samples_page(open_store(store), output, str(store))
+        out.print(f"written to {output}", soft_wrap=True)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from basinscope.models.interventions import Intervention
 from basinscope.models.structure import UnknownStructureError
 from basinscope.models.unembedding import find_unembedding
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
-from basinscope.sampling.job import describe_model
+from basinscope.sampling.job import check_vocabulary, describe_model
 from basinscope.sampling.progress import show_count
 
 if TYPE_CHECKING:
@@ -73,7 +74,8 @@ def extract_dataset(
     StoreMismatchError
         If ``output`` was made with other settings, or from other data; names each.
     """
-    rows, _ = check_dataset(dataset, "dataset")
+    rows, _ = check_dataset(dataset, "dataset", least_tokens=1)
+    digest = dataset_digest(dataset, rows, partial(check_vocabulary, model, name="dataset"))
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
     extractor = Extractor(model, config, interventions)
@@ -88,7 +90,7 @@ def extract_dataset(
         attrs={
             **first.metadata,
             "model": {**first.metadata["model"], **describe_model(model)},
-            "dataset": {"rows": rows, "sha256": dataset_digest(dataset)},
+            "dataset": {"rows": rows, "sha256": digest},
         },
         coords=first.coords,
         unembedding=_unembedding(model) if save_unembedding else None,

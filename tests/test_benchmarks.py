@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import analysis, harness, kernels, precision, restrictions, sampling, store
+import basinscope
+from benchmarks import (
+    analysis,
+    attribution,
+    harness,
+    kernels,
+    precision,
+    restrictions,
+    restrictions_memory,
+    sampling,
+    store,
+)
 
 
 @pytest.mark.peer
@@ -32,6 +43,38 @@ def test_restrictions_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", command)
     restrictions.main()
     line = json.loads(out.read_text())
+    assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
+
+
+def test_more_restrictions_take_no_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "memory.jsonl"
+    command = ["restrictions_memory", "--toy", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    restrictions_memory.main()
+    line = json.loads(out.read_text())
+    assert line["ratio"] == pytest.approx(line["many_mib"] / line["one_mib"], rel=0.01)
+    assert line["ratio"] < 1.3
+
+
+def test_there_are_64_restrictions_of_the_demos_model() -> None:
+    from basinscope.demo import FULL, build_model
+
+    model = build_model(FULL)
+    named = list(restrictions_memory.named_restrictions(model).values())
+    selected = [basinscope.create_param_masks(model, wanted) for wanted in named[:64]]
+    assert len(selected) == 64
+    assert named[23:25] == [["l0h0", "l0h1"], ["l0h0", "l0h2"]]
+
+
+def test_attribution_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "attribution.jsonl"
+    command = ["attribution", "--toy", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    attribution.main()
+    line = json.loads(out.read_text())
+    assert line["targets"] == 5 * 16 + 64 + 16
     assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
 
 

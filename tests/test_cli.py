@@ -55,6 +55,17 @@ def test_sample_llc_and_info_work_together(folder: Path) -> None:
         assert word in info
 
 
+def test_a_page_about_a_store(folder: Path) -> None:
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+    store, page = folder / "runs" / "samples.zarr", folder / "page.html"
+    done = invoke("report", store, "--out", page)
+    assert done.exit_code == 0, done.output
+    assert "GPTNeoXForCausalLM" in page.read_text()
+    again = invoke("report", store, "--out", page)
+    assert again.exit_code == 2
+    assert "left as it is" in again.output
+
+
 def test_chains_of_an_array_job_make_one_store(folder: Path) -> None:
     plan = write_plan(folder)
     store = folder / "runs" / "samples.zarr"

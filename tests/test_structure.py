@@ -17,6 +17,7 @@ MAY_IMPORT = {
     "io": {"io"},
     "models": {"models"},
     "sampling": {"sampling", "kernels", "io", "models"},
+    "attribution": {"attribution", "sampling", "io", "models"},
     "analysis": {"analysis", "io"},
     "report": {"report", "analysis", "io", "sampling", "kernels", "models"},
 }

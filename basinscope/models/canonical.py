@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.structure import (
-    _BY_HAND,
+    BY_HAND,
+    Seen,
     UnknownStructureError,
-    _probe,
-    _projections,
-    _Seen,
     attention_modules,
     layer_modules,
+    probe,
+    projections_of,
 )
 
 NOISE = 1e-3  # of the largest gradient: below it a gradient is rounding
@@ -81,9 +81,9 @@ def canonical_maps(model: nn.Module) -> dict[str, LinearMap]:
     """
     try:
         layers, attention = layer_modules(model), attention_modules(model)
-        probes = _probe(model, [[name] for name in layers])
+        probes = probe(model, [[name] for name in layers])
     except UnknownStructureError as error:
-        reason = str(error).replace(_BY_HAND, "").strip()
+        reason = str(error).replace(BY_HAND, "").strip()
         raise UnknownStructureError(
             f"the linear maps of {type(model).__name__} cannot be named: {reason}"
         ) from error
@@ -114,8 +114,8 @@ def weight_of(model: nn.Module, linear: LinearMap) -> Tensor:
     return weight if linear.rows is None else weight[torch.from_numpy(linear.rows)]
 
 
-def _maps_of_layer(model: nn.Module, attention: list[str], seen: _Seen) -> dict[str, LinearMap]:
-    projections = _projections(model, attention)
+def _maps_of_layer(model: nn.Module, attention: list[str], seen: Seen) -> dict[str, LinearMap]:
+    projections = projections_of(model, attention)
     attending = [name for name in seen.outputs if name in projections]
     others = [name for name in seen.outputs if name not in projections]
     found = {}
@@ -145,7 +145,7 @@ def _is_transposed(module: Any, given: Tensor) -> bool | None:
     return None
 
 
-def _attention_roles(seen: _Seen, names: list[str]) -> dict[str, Part]:
+def _attention_roles(seen: Seen, names: list[str]) -> dict[str, Part]:
     if len(names) < 2:
         return {}
     *before, last = names  # the last to run is the output projection
@@ -185,7 +185,7 @@ def _gradients(passed: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _mlp_roles(seen: _Seen, names: list[str]) -> dict[str, Part]:
+def _mlp_roles(seen: Seen, names: list[str]) -> dict[str, Part]:
     """An up and a down projection, or a gate, an up and a down one; else none."""
     if len(names) not in (2, 3):
         return {}
@@ -205,7 +205,7 @@ def _mlp_roles(seen: _Seen, names: list[str]) -> dict[str, Part]:
     return {"glu.gate": pair[0], "glu.up": pair[1], "glu.down": down} if pair else {}
 
 
-def _gate_and_up(seen: _Seen, before: list[str], last: str) -> tuple[Part, Part] | None:
+def _gate_and_up(seen: Seen, before: list[str], last: str) -> tuple[Part, Part] | None:
     """Tell the two factors apart: what is straight is not the gate.
 
     Rows of one module are tried as halves and as pairs.
@@ -229,7 +229,7 @@ def _gate_and_up(seen: _Seen, before: list[str], last: str) -> tuple[Part, Part]
     return None
 
 
-def _is_straight(seen: _Seen, last: str, part: Part) -> bool:
+def _is_straight(seen: Seen, last: str, part: Part) -> bool:
     """Whether what the last module is given is linear in these rows of another's output."""
     name, rows = part
     output, product = seen.outputs[name], seen.inputs[last]
@@ -246,6 +246,6 @@ def _is_straight(seen: _Seen, last: str, part: Part) -> bool:
     return not bool(bend[..., chosen].any())
 
 
-def _whole(seen: _Seen, name: str) -> Part:
+def _whole(seen: Seen, name: str) -> Part:
     """All rows of a module."""
     return name, np.ones(seen.outputs[name].shape[-1], dtype=np.bool_)

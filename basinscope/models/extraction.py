@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.activation_cache import ActivationCache
-from basinscope.models.forward import is_hugging_face, token_logits, vocabulary_size
+from basinscope.models.forward import (
+    evaluating,
+    is_hugging_face,
+    max_sequence_length,
+    token_logits,
+    vocabulary_size,
+)
 from basinscope.models.interventions import Intervention, intervened
 from basinscope.models.positions import Positions, described, resolve_positions
 from basinscope.models.sites import (
@@ -26,7 +32,6 @@ from basinscope.models.sites import (
     find_sites,
     head_weights,
 )
-from basinscope.models.structure import _evaluating as evaluating
 
 STATISTICS = ("mean", "variance", "second_moment")
 _HIDDEN = ("example", "position", "d_model")
@@ -433,3 +438,9 @@ def _check_ids(model: nn.Module, input_ids: Tensor) -> None:
     if count is not None and (low < 0 or high >= count):
         odd = low if low < 0 else high
         raise ValueError(f"token id {odd} is no row of the embedding, which has 0 to {count - 1}")
+    limit = max_sequence_length(model)
+    if limit is not None and input_ids.shape[1] > limit:
+        raise ValueError(
+            f"input_ids have {input_ids.shape[1]} tokens, and {type(model).__name__} takes at most "
+            f"{limit}"
+        )

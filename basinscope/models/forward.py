@@ -96,3 +96,16 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del own["forward"]  # falls back to its class's
         else:
             own["forward"] = kept
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside the block, and every module as it was after it."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

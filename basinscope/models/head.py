@@ -55,7 +55,7 @@ def find_linear_head(model: nn.Module, input_ids: Tensor) -> LinearHead:
     NoLinearHeadError
         With the reason, if there is no such map.
     """
-    module = _output_embeddings(model)
+    module = output_embeddings(model)
     name = next(name for name, found in model.named_modules() if found is module)
     return LinearHead(name, *_what_follows(model, module, input_ids))
 
@@ -86,7 +86,14 @@ def linear_of(model: nn.Module, head: LinearHead) -> nn.Linear:
     return module
 
 
-def _output_embeddings(model: nn.Module) -> nn.Linear:
+def output_embeddings(model: nn.Module) -> nn.Linear:
+    """Give the module whose output the logits are made of.
+
+    Raises
+    ------
+    NoLinearHeadError
+        If it is no plain ``nn.Linear``.
+    """
     if not is_hugging_face(model):
         raise NoLinearHeadError(f"{type(model).__name__} is no Hugging Face model")
     module: Any = model.get_output_embeddings()  # type: ignore[operator]
@@ -112,7 +119,7 @@ def _what_follows(
             raise NoLinearHeadError(
                 f"its head is given {tuple(hidden.shape)} for ids of shape {tuple(input_ids.shape)}"
             )
-        given.append(_ramp((*input_ids.shape, vocabulary), hidden))
+        given.append(ramp((*input_ids.shape, vocabulary), hidden))
         return given[-1].clone()
 
     try:
@@ -127,13 +134,13 @@ def _what_follows(
         raise NoLinearHeadError(f"its head runs {len(given)} times per forward pass")
     if made.shape != given[0].shape:
         raise NoLinearHeadError(f"its logits have shape {tuple(made.shape)}, its head's output not")
-    scale, softcap = _scale_and_cap(given[0].double(), made.double(), _tolerance(made))
+    scale, softcap = scale_and_cap(given[0].double(), made.double(), tolerance_of(made))
     if (scale, softcap) != (1.0, None) and made.dtype in (torch.bfloat16, torch.float16):
         raise NoLinearHeadError(f"its logits are scaled or capped in {made.dtype}")
     return scale, softcap
 
 
-def _ramp(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def ramp(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Numbers of both signs from 1/8 to 16384, no two alike in up to a million."""
     count = 1
     for size in shape:
@@ -146,7 +153,14 @@ def _ramp(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return (sign * mantissa * torch.exp2(exponent.float())).to(dtype).view(shape)
 
 
-def _scale_and_cap(given: Tensor, made: Tensor, tolerance: float) -> tuple[float, float | None]:
+def scale_and_cap(given: Tensor, made: Tensor, tolerance: float) -> tuple[float, float | None]:
+    """Find scale and cap of a :class:`LinearHead` from a head's output and what was made of it.
+
+    Raises
+    ------
+    NoLinearHeadError
+        If something else was made of it.
+    """
     largest = given.abs().argmax()
     smallest = given.abs().argmin()
     scale = float(made.flatten()[smallest] / given.flatten()[smallest])
@@ -167,7 +181,8 @@ def _agree(made: Tensor, expected: Tensor, tolerance: float) -> bool:
     return bool(torch.allclose(made, expected, rtol=tolerance, atol=0.0))
 
 
-def _tolerance(made: Tensor) -> float:
+def tolerance_of(made: Tensor) -> float:
+    """Relative error that the rounding of logits explains."""
     return 4 * max(torch.finfo(made.dtype).eps, torch.finfo(torch.float32).eps)
 
 

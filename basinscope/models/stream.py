@@ -16,13 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.forward import is_transformer_lens, token_logits, vocabulary_size
+from basinscope.models.forward import evaluating, is_transformer_lens, token_logits, vocabulary_size
 from basinscope.models.structure import (
     UnknownStructureError,
-    _evaluating,
-    _projections,
     attention_modules,
     layer_modules,
+    projections_of,
 )
 
 PROBE_TOKENS = 6
@@ -101,7 +100,7 @@ def _find(model: nn.Module) -> tuple[Layer, ...]:
                 note = _noting(name, seen)
                 handle = module.register_forward_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
-        hooks.enter_context(_evaluating(model))
+        hooks.enter_context(evaluating(model))
         device = next(model.parameters()).device
         count = vocabulary_size(model) or 2
         ids = (torch.arange(2, PROBE_TOKENS + 2, device=device) * 104729) % count
@@ -148,7 +147,7 @@ def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran])
         and run.made.numel() == whole.made.numel()
     ]
     ran = [run.name for run in seen]
-    projections = [name for name in ran if name in _projections(model, attention)]
+    projections = [name for name in ran if name in projections_of(model, attention)]
     block = attention[0] if len(attention) == 1 and attention[0] in ran else None
     projection = projections[-1] if block and projections else None
     of_attention = _that_carry(inside, projection)

@@ -10,8 +10,7 @@ architecture has a table, fused and grouped projections in whatever order includ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.forward import is_transformer_lens, token_logits, vocabulary_size
+from basinscope.models.forward import (
+    evaluating,
+    is_transformer_lens,
+    token_logits,
+    vocabulary_size,
+)
 
 PROBE_TOKENS = 8
 _ATTENTION = re.compile(r"att(ention|n)|selfatt", re.IGNORECASE)
 _CROSS = re.compile(r"cross|encoder_att|enc_dec", re.IGNORECASE)
 _NORM = re.compile(r"norm", re.IGNORECASE)
-_BY_HAND = (
+BY_HAND = (
     "Pass masks by hand: sample(param_masks={parameter name: bool tensor of its shape, or None})"
 )
 
@@ -117,14 +121,14 @@ def find_structure(model: nn.Module) -> ModelStructure:
     lists = _layer_lists(model)
     parts = [_parts_of_layer(model, lists, number) for number in range(len(lists[0][1]))]
     try:
-        probes: Sequence[_Seen | str] = _probe(model, [attention for _, attention in parts])
+        probes: Sequence[Seen | str] = probe(model, [attention for _, attention in parts])
     except UnknownStructureError as error:
         probes = [str(error)] * len(parts)
     canonical = _canonical_names(model)
     layers = []
     known: dict[tuple[Any, ...], _Heads] = {}
     for number, ((names, attention), seen) in enumerate(zip(parts, probes, strict=True)):
-        projections = _projections(model, attention)
+        projections = projections_of(model, attention)
         kind = tuple(
             (local, leaf, tuple(parameter.shape))
             for local, module in _local(projections)
@@ -219,7 +223,7 @@ def _layer_lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         found = ", ".join(f"{name} of {len(module)}" for name, module in lists.items()) or "none"
         raise UnknownStructureError(
             f"{type(model).__name__} has no list of layers with attention in it (lists of modules: "
-            f"{found}). {_BY_HAND}"
+            f"{found}). {BY_HAND}"
         )
     main = max(chosen, key=lambda name: sum(p.numel() for p in chosen[name].parameters()))
     parent = main.rpartition(".")[0]
@@ -299,8 +303,8 @@ def _within(name: str, prefixes: list[str]) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _projections(model: nn.Module, attention: list[str]) -> dict[str, nn.Module]:
-    """The linear maps of a layer's self-attention by full name."""
+def projections_of(model: nn.Module, attention: list[str]) -> dict[str, nn.Module]:
+    """Give the linear maps of a layer's self-attention by full name."""
     return {
         name: module
         for prefix in attention
@@ -315,30 +319,30 @@ def _local(projections: dict[str, nn.Module]) -> list[tuple[str, Any]]:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """What a probe saw of one layer's projections, in the order in which they ran."""
 
     outputs: dict[str, Tensor]
     inputs: dict[str, Tensor]
 
 
-def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
+def probe(model: nn.Module, attention: list[list[str]]) -> list[Seen]:
     """Run a few tokens, cutting the graph at every projection's output.
 
     A projection gives made-up numbers: trained ones may be cut off, underflow, or be zero.
     """
-    seen = {tuple(prefixes): _Seen({}, {}) for prefixes in attention}  # layers may share them
+    seen = {tuple(prefixes): Seen({}, {}) for prefixes in attention}  # layers may share them
     hooks = []
     generator = torch.Generator().manual_seed(0)
     for prefixes, record in seen.items():
-        for name, module in _projections(model, list(prefixes)).items():
+        for name, module in projections_of(model, list(prefixes)).items():
 
             def cut(
                 module: nn.Module,
                 args: Any,
                 output: Any,
                 name: str = name,
-                record: _Seen = record,
+                record: Seen = record,
             ) -> Any:
                 if not isinstance(output, Tensor) or not args or not isinstance(args[0], Tensor):
                     return None
@@ -352,7 +356,7 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
             for norm in filter(_is_norm, model.get_submodule(prefix).modules()):
                 hooks.append(norm.register_forward_hook(_let_through))
     try:
-        with _evaluating(model):
+        with evaluating(model):
             count = vocabulary_size(model) or 2
             device = next(model.parameters()).device
             ids = (torch.arange(1, PROBE_TOKENS + 1, device=device) * 7919) % count
@@ -361,7 +365,7 @@ def _probe(model: nn.Module, attention: list[list[str]]) -> list[_Seen]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UnknownStructureError(
             f"{type(model).__name__} cannot be run on a few tokens to see its heads ({reason}). "
-            f"{_BY_HAND}"
+            f"{BY_HAND}"
         ) from error
     finally:
         for hook in hooks:
@@ -376,20 +380,8 @@ def _let_through(module: nn.Module, args: Any, output: Any) -> Any:
     return None
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _heads_or_why(
-    model: nn.Module, projections: dict[str, nn.Module], seen: _Seen | str, layer: int
+    model: nn.Module, projections: dict[str, nn.Module], seen: Seen | str, layer: int
 ) -> _Heads:
     if not projections:
         return _Heads()
@@ -401,11 +393,11 @@ def _heads_or_why(
         shapes = ", ".join(f"{n} {tuple(p.weight.shape)}" for n, p in projections.items())  # type: ignore[arg-type]
         return _Heads(
             unknown=f"the heads of layer {layer} of {type(model).__name__} cannot be told apart: "
-            f"{error} (found {shapes}). {_BY_HAND}"
+            f"{error} (found {shapes}). {BY_HAND}"
         )
 
 
-def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: _Seen) -> _Heads:
+def _heads_of(model: nn.Module, projections: dict[str, nn.Module], seen: Seen) -> _Heads:
     """Heads, groups, head size, and the slices of each projection's weight and bias."""
     for name, module in projections.items():
         if not isinstance(module.weight, nn.Parameter):
@@ -591,7 +583,7 @@ def _hooked_structure(model: nn.Module) -> ModelStructure:
         raise UnknownStructureError(
             f"{type(model).__name__} has no parameters named blocks.0.attn.W_Q and so on, as a "
             f"TransformerLens HookedTransformer has (its first are: {', '.join(names[:3])}). "
-            f"{_BY_HAND}"
+            f"{BY_HAND}"
         )
     return ModelStructure(
         tuple(layers),

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.forward import (
+    evaluating,
     is_hugging_face,
     is_transformer_lens,
     max_sequence_length,
     token_logits,
     vocabulary_size,
 )
-from basinscope.models.head import NoLinearHeadError, _ramp, _scale_and_cap, _tolerance
+from basinscope.models.head import NoLinearHeadError, ramp, scale_and_cap, tolerance_of
 from basinscope.models.stream import first_tensor
-from basinscope.models.structure import UnknownStructureError, _evaluating, layer_modules
+from basinscope.models.structure import UnknownStructureError, layer_modules
 
 PROBE_ROWS, PROBE_TOKENS = 2, 8
 LOUD = 1e4  # so large that no epsilon matters
@@ -263,7 +264,7 @@ def _some_ids(model: nn.Module, rows: int) -> Tensor:
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     try:
-        with _evaluating(model):
+        with evaluating(model):
             return token_logits(model, ids)
     except (UnknownStructureError, NoLinearHeadError):
         raise
@@ -373,7 +374,7 @@ def _head(model: nn.Module, ids: Tensor) -> _Head:
     given: list[Tensor] = []
 
     def answer(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        given.append(_ramp((*ids.shape, len(weight)), output))
+        given.append(ramp((*ids.shape, len(weight)), output))
         return given[-1].clone()
 
     with _hooked(module, answer):
@@ -383,7 +384,7 @@ def _head(model: nn.Module, ids: Tensor) -> _Head:
             f"its head {type(module).__name__} with {len(weight)} tokens runs {len(given)} times, "
             f"and the logits have shape {tuple(made.shape)} for ids of shape {tuple(ids.shape)}"
         )
-    scale, softcap = _scale_and_cap(given[0].double(), made.double(), _tolerance(made))
+    scale, softcap = scale_and_cap(given[0].double(), made.double(), tolerance_of(made))
     name = next(name for name, found in model.named_modules() if found is module)
     return _Head(name, _copied(weight), None if bias is None else _copied(bias), scale, softcap)
 

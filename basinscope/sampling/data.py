@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 LENGTH_CHECK_ROWS = 10_000  # rows whose lengths are read at once
 
 
-def check_dataset(dataset: Any, name: str) -> tuple[int, int]:
+def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, int]:
     """Check that a data set has equally long rows of token ids.
 
     Parameters
@@ -23,6 +23,8 @@ def check_dataset(dataset: Any, name: str) -> tuple[int, int]:
         With a column ``input_ids``.
     name : str
         What the caller calls it, for messages.
+    least_tokens : int
+        Two have a next-token loss.
 
     Returns
     -------
@@ -34,7 +36,7 @@ def check_dataset(dataset: Any, name: str) -> tuple[int, int]:
         If it is not a ``datasets.Dataset``.
     ValueError
         If the column is missing or holds no integers, there are no rows, their lengths differ,
-        or they have fewer than two tokens.
+        or they have too few tokens.
     """
     import datasets
     import pyarrow as pa
@@ -84,9 +86,10 @@ def check_dataset(dataset: Any, name: str) -> tuple[int, int]:
                 f"has {int(lengths[odd[0]])}. tokenize_and_concatenate() makes equal rows; "
                 "padding would count as data"
             )
-    if length < 2:
+    if length < least_tokens:
+        loss = " for a next-token loss" if least_tokens == 2 else ""
         raise ValueError(
-            f"{name}'s rows have {length} token(s); a next-token loss needs at least 2"
+            f"{name}'s rows have {length} token(s); at least {least_tokens} are needed{loss}"
         )
     return len(dataset), length
 
@@ -111,12 +114,22 @@ def read_rows(dataset: Any, rows: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64).reshape(len(rows), -1)
 
 
-def dataset_digest(dataset: Any) -> str:
-    """Hash all token ids of a checked data set, some thousand rows at a time."""
-    digest = hashlib.sha256(str(len(dataset)).encode())
-    for start in range(0, len(dataset), LENGTH_CHECK_ROWS):
-        rows = range(start, min(start + LENGTH_CHECK_ROWS, len(dataset)))
-        digest.update(read_rows(dataset, rows).tobytes())
+def dataset_digest(dataset: Any, rows: int, check: Callable[[np.ndarray], None]) -> str:
+    """Hash the token ids of a checked data set's first rows, some thousand at a time.
+
+    Parameters
+    ----------
+    dataset : datasets.Dataset
+    rows : int
+    check : callable
+        Sees all ids on the way, and raises if some are wrong.
+    """
+    digest = hashlib.sha256(str(rows).encode())
+    for start in range(0, rows, LENGTH_CHECK_ROWS):
+        ids = read_rows(dataset, range(start, min(start + LENGTH_CHECK_ROWS, rows)))
+        check(ids)
+        digest.update(f"{ids.shape[1]}".encode())
+        digest.update(ids.tobytes())
     return digest.hexdigest()
 
 

@@ -204,7 +204,7 @@ def prepare_job(
         ("dataset", ids),
         *((f"observable {o.name!r}", o.input_ids) for o in read),
     ]:
-        _check_vocabulary(model, values, name)
+        check_vocabulary(model, values, name)
     return SamplingJob(
         model=model,
         config=config,
@@ -327,7 +327,8 @@ def _used_rows(config: SamplerConfig, num_rows: int) -> np.ndarray:
     return np.unique(np.concatenate([order[:batches].reshape(-1) for order in orders]))
 
 
-def _check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
+def check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
+    """Refuse token ids that a model does not know, with what it knows."""
     size = vocabulary_size(model)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (size is not None and high >= size) or high > np.iinfo(np.int32).max:

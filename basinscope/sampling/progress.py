@@ -84,7 +84,7 @@ def show_count(noun: str, total: int, show: bool | None) -> Iterator[Callable[[i
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        columns = (TextColumn(f"{noun}s"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn(noun), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bars(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task("", total=total)
             yield lambda done: bars.update(task, completed=done)

@@ -289,6 +289,10 @@ def test_a_cache_says_what_it_holds() -> None:
             "names no token",
         ),
         (lambda m: extract(m, ids() + 1000, config("resid_out")), "token id 10.. is no row"),
+        (
+            lambda m: extract(m, ids().repeat(1, 5), config("resid_out")),
+            "35 tokens, and GPT2LMHeadModel takes at most 32",
+        ),
         (lambda m: extract(m, ids()[0], config("resid_out")), "shape .example, token."),
         (lambda m: extract(m, ids().float(), config("resid_out")), "must be integers"),
         (lambda m: extract(m, ids()[:0], config("resid_out")), "is empty"),

@@ -1,0 +1,1 @@
+"""Harvesting attribution between a model's components over a data set."""

@@ -1,0 +1,340 @@
+"""Attributions of one batch, many targets per backward pass.
+
+A batch runs forward once, side by side in as many copies as one backward pass takes gradients: two
+for each target, of y and of |y|. The pass starts at the input of a target's map, with V[:, t] times
+the weights of its positions, and ends at the outputs of the sources' modules. Copies are used for
+all that a module may do: on a CPU, a vectorised backward pass of attention takes ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from basinscope.io.attributions_layout import EMBED, METRICS, Counts, Edge, Sums
+from basinscope.models.components import Components, Cut, Decomposition, cut_at
+from basinscope.models.forward import replaced_forward, token_logits
+
+WIDEST_BYTES = {"cpu": 2**22, "cuda": 2**26}  # of a pass's widest tensor; a CPU's must stay cached
+MOST_AT_ONCE = {"cpu": 16, "cuda": 64}  # targets; with more, layers of few leave copies unused
+
+Importance = Callable[[dict[str, Tensor], Tensor], Mapping[str, Tensor]]
+Columns = Tensor | None
+"""Which components; None for all."""
+
+
+@dataclass(frozen=True)
+class _Active:
+    """The components of one layer in one batch, whose n positions stand in one row.
+
+    Attributes
+    ----------
+    activations : Tensor (n, C)
+    importance : Tensor (n, C) or None
+        None is 1 everywhere.
+    live : Tensor (k,) or None
+        The components that are of any importance; None for all.
+    """
+
+    activations: Tensor
+    importance: Tensor | None
+    live: Columns
+
+    def weighted(self) -> Tensor:
+        """Activations times importance of what is live, (n, k)."""
+        chosen = _columns(self.activations, self.live)
+        return chosen if self.importance is None else chosen * _columns(self.importance, self.live)
+
+
+class BatchAttribution:
+    """Adds up the attributions of batches.
+
+    Parameters
+    ----------
+    model : nn.Module
+        In evaluation mode, no parameter requiring a gradient.
+    components : mapping of str to Components
+        The sources, by canonical name; the embedding is one beside them.
+    targets : mapping of str to Components
+        Some of them, and what is read at the unembedding.
+    embedding, unembedding : str
+        Names of these modules.
+    importance, importance_threshold, alive, targets_at_once
+        As in :func:`basinscope.attribution.harvest.harvest_attributions`.
+    input_ids : Tensor (batch, token)
+        A batch to find out on which sources a target depends, and how large its tensors are.
+
+    Attributes
+    ----------
+    edges : list of (target, source)
+    targets_at_once : int
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        components: Mapping[str, Components],
+        targets: Mapping[str, Components],
+        *,
+        embedding: str,
+        unembedding: str,
+        importance: Importance | None,
+        importance_threshold: float,
+        alive: Mapping[str, Tensor],
+        targets_at_once: int | None,
+        input_ids: Tensor,
+    ) -> None:
+        self.decomposition = Decomposition(model, components)
+        self.components = dict(components)
+        self.targets = dict(targets)
+        self.embedding, self.unembedding = embedding, unembedding
+        self.importance, self.threshold = importance, importance_threshold
+        self.alive = dict(alive)
+        self.edges, bytes_each = self._find_edges(input_ids)
+        kind = "cpu" if input_ids.device.type == "cpu" else "cuda"
+        fitting = min(MOST_AT_ONCE[kind], WIDEST_BYTES[kind] // (2 * bytes_each))
+        self.targets_at_once = max(1, fitting) if targets_at_once is None else targets_at_once
+
+    def add(self, input_ids: Tensor, sums: Sums, counts: Counts) -> None:
+        """Add a batch, (batch, token), to sums and counts in place."""
+        copies = 2 * self.targets_at_once
+        with self._cut() as record:
+            token_logits(self.decomposition.model, input_ids.repeat(copies, 1))
+        with torch.no_grad():
+            active = self._activations(record, input_ids, copies)
+            self._count(active, input_ids, counts)
+        for name, target in self.targets.items():
+            sources = [source for to, source in self.edges if to == name]
+            for indices, gradients in self._backward(target, active[name], record, sources):
+                for source in sources:
+                    gradient = gradients[self._module_of(source)]
+                    if gradient is None:
+                        continue
+                    shape = (2, self.targets_at_once, input_ids.numel(), gradient.shape[-1])
+                    gradient = gradient.reshape(shape)[:, : len(indices)]
+                    columns, found = self._attributions(source, gradient, active, record, input_ids)
+                    for metric, values in zip(METRICS, found.double().cpu().numpy(), strict=True):
+                        _add(sums[metric][name, source], indices, columns, values)
+
+    @torch.no_grad()
+    def _attributions(
+        self,
+        source: str,
+        gradients: Tensor,
+        active: Mapping[str, _Active],
+        record: Cut,
+        input_ids: Tensor,
+    ) -> tuple[Columns, Tensor]:
+        """From gradients (2, target, position, width) of a module, which sources get what.
+
+        Sums over positions, (metric, target, source): of a, of a with |y|, and of a².
+        """
+        if source == EMBED:
+            embedded = record.leaves[self.embedding].reshape(-1, *gradients.shape[2:])[0]
+            return _by_token(gradients, embedded, input_ids)
+        return active[source].live, _by_component(
+            gradients, self.components[source], active[source]
+        )
+
+    def _module_of(self, source: str) -> str:
+        return self.embedding if source == EMBED else self.components[source].linear.module
+
+    @contextmanager
+    def _cut(self) -> Iterator[Cut]:
+        """Cut the next forward pass at components and embedding, and end it before logits."""
+        model = self.decomposition.model
+
+        def keep(hidden: Tensor) -> Tensor:
+            record.inputs[self.unembedding] = hidden.clone()
+            return hidden.detach().clone()  # in place of logits, which would be large
+
+        embedding = model.get_submodule(self.embedding)
+        head = model.get_submodule(self.unembedding)
+        with (
+            self.decomposition.cut() as record,
+            cut_at(embedding, self.embedding, record),
+            replaced_forward(head, keep),
+        ):
+            yield record
+
+    def _find_edges(self, input_ids: Tensor) -> tuple[list[Edge], int]:
+        """See what targets depend on, and how many bytes the widest tensor of a batch takes."""
+        with self._cut() as record:
+            token_logits(self.decomposition.model, input_ids)
+        self._check_shapes(record, input_ids)
+        edges: list[Edge] = []
+        for name, target in self.targets.items():
+            given = record.inputs[target.linear.module]
+            if not given.requires_grad:
+                continue
+            found = torch.autograd.grad(
+                given,
+                list(record.leaves.values()),
+                torch.ones_like(given),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            reached = {m for m, g in zip(record.leaves, found, strict=True) if g is not None}
+            edges += [
+                (name, source)
+                for source in (EMBED, *self.components)
+                if self._module_of(source) in reached
+            ]
+        sizes = [4 * part.size * input_ids.numel() for part in self.components.values()]
+        return edges, max(*(leaf.nbytes for leaf in record.leaves.values()), *sizes)
+
+    def _check_shapes(self, record: Cut, input_ids: Tensor) -> None:
+        modules = [part.linear.module for part in self.components.values()]
+        for module in (self.embedding, *modules, self.unembedding):
+            seen = record.leaves.get(module, record.inputs.get(module))
+            if seen is None or seen.numel() // seen.shape[-1] != input_ids.numel():
+                raise ValueError(
+                    f"{module} runs on {'nothing' if seen is None else tuple(seen.shape)} for "
+                    f"input_ids of shape {tuple(input_ids.shape)}: components need one activation "
+                    "per token. Leave its layer out"
+                )
+
+    def _activations(self, record: Cut, ids: Tensor, copies: int) -> dict[str, _Active]:
+        """Activations and importances of all components and targets; copies are all alike."""
+        found = {}
+        for name, part in {**self.targets, **self.components}.items():
+            given = record.inputs[part.linear.module].detach()
+            found[name] = part.activations(given.reshape(copies, ids.numel(), -1)[0])
+        importances = self._importances({name: found[name] for name in self.components}, ids)
+        active = {}
+        for name, activations in found.items():
+            importance = importances.get(name)
+            if name in self.alive:
+                one = torch.ones_like(activations) if importance is None else importance
+                importance = one * self.alive[name].to(activations)
+            live = None if importance is None else (importance != 0).any(0).nonzero()[:, 0]
+            if live is not None and len(live) == activations.shape[1]:
+                live = None
+            active[name] = _Active(activations, importance, live)
+        return active
+
+    def _importances(self, activations: dict[str, Tensor], ids: Tensor) -> dict[str, Tensor]:
+        if self.importance is None:
+            return {}
+        shaped = {name: found.view(*ids.shape, -1) for name, found in activations.items()}
+        given = self.importance(shaped, ids)
+        checked = {}
+        for name, importance in given.items():
+            if name not in activations:
+                raise ValueError(
+                    f"importance gave {name!r}, which is none of {', '.join(activations)}"
+                )
+            if importance.shape != shaped[name].shape:
+                raise ValueError(
+                    f"importance gave {tuple(importance.shape)} for {name}, whose activations are "
+                    f"{tuple(shaped[name].shape)}"
+                )
+            checked[name] = importance.detach().to(activations[name]).view_as(activations[name])
+            if not torch.isfinite(checked[name]).all():
+                raise ValueError(f"importance gave numbers for {name} that are not finite")
+        return checked
+
+    def _count(self, active: dict[str, _Active], ids: Tensor, counts: Counts) -> None:
+        for name, seen in active.items():
+            if name not in counts:
+                continue
+            squares = seen.activations.double().square().sum(0)
+            if not torch.isfinite(squares).all():
+                raise FloatingPointError(
+                    f"activations of {name} are infinite or NaN, and so would be all sums: load "
+                    "the model in a wider dtype"
+                )
+            counts[name]["square_sum"] += squares.cpu().numpy()
+            if "active" not in counts[name]:
+                continue
+            if seen.importance is None:
+                counts[name]["mean_importance_sum"] += ids.numel()
+                counts[name]["active"] += ids.numel() * (self.threshold < 1)
+            else:
+                total = seen.importance.double().sum(0)
+                counts[name]["mean_importance_sum"] += total.cpu().numpy()
+                above = (seen.importance > self.threshold).sum(0)
+                counts[name]["active"] += above.cpu().numpy()
+        occurrences = counts[EMBED]["occurrences"]
+        occurrences += np.bincount(ids.cpu().numpy().reshape(-1), minlength=len(occurrences))
+
+    def _backward(
+        self, target: Components, seen: _Active, record: Cut, sources: Sequence[str]
+    ) -> Iterator[tuple[np.ndarray, dict[str, Tensor | None]]]:
+        """Give indices of targets, and by module the gradients of all copies, y before |y|."""
+        given = record.inputs[target.linear.module]
+        modules = list(dict.fromkeys(self._module_of(source) for source in sources))
+        leaves = [record.leaves[module] for module in modules]
+        live = _live(target, seen)
+        for indices in live.split(self.targets_at_once) if len(live) else ():
+            with torch.no_grad():
+                upstream = self._upstream(target, seen, indices, given)
+            found = torch.autograd.grad(
+                given, leaves, upstream, retain_graph=True, allow_unused=True
+            )
+            yield indices.cpu().numpy(), dict(zip(modules, found, strict=True))
+
+    def _upstream(
+        self, target: Components, seen: _Active, indices: Tensor, given: Tensor
+    ) -> Tensor:
+        """Gradients of y and |y| in the input of the target's map, of its shape."""
+        activations = seen.activations[:, indices]
+        weight = torch.ones_like(activations)
+        if seen.importance is not None:
+            weight = seen.importance[:, indices]
+        weights = torch.stack([weight.T, (weight * activations.sign()).T])  # (2, k, n)
+        if target.V is None:
+            reads = nn.functional.one_hot(indices, target.size).to(weights)
+        else:
+            reads = target.V[:, indices].T.contiguous()
+        upstream = (weights[..., None] * reads[:, None, :]).to(given.dtype)  # (2, k, n, d_in)
+        unused = self.targets_at_once - len(indices)
+        if unused:
+            upstream = nn.functional.pad(upstream, (0, 0, 0, 0, 0, unused))
+        return upstream.reshape(given.shape)
+
+
+def _live(target: Components, seen: _Active) -> Tensor:
+    if seen.live is not None:
+        return seen.live
+    return torch.arange(target.size, device=seen.activations.device)
+
+
+def _columns(values: Tensor, columns: Columns) -> Tensor:
+    return values if columns is None else values[:, columns]
+
+
+def _by_component(gradients: Tensor, part: Components, seen: _Active) -> Tensor:
+    if part.linear.rows is not None:
+        gradients = gradients[..., torch.from_numpy(part.linear.rows).to(gradients.device)]
+    slopes = part.slopes(gradients, seen.live).to(seen.activations.dtype)
+    weighted = seen.weighted()
+    attributions = slopes * weighted if part.U is None else slopes.mul_(weighted)  # else a gradient
+    signed, absolute = attributions.sum(2)
+    return torch.stack([signed, absolute, attributions[0].square_().sum(1)])
+
+
+def _by_token(gradients: Tensor, embedded: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids that occur; and the same sums, over the positions of each."""
+    wide = torch.promote_types(embedded.dtype, torch.float32)
+    found = torch.einsum("ktnd,nd->ktn", gradients.to(wide), embedded.to(wide))
+    found = found.cpu().double()  # on a GPU, index_add has no fixed order
+    ids, place = input_ids.cpu().reshape(-1).unique(return_inverse=True)
+    attributions = torch.stack([found[0], found[1], found[0].square()])
+    return ids, found.new_zeros(*attributions.shape[:2], len(ids)).index_add_(
+        2, place, attributions
+    )
+
+
+def _add(total: np.ndarray, rows: np.ndarray, columns: Columns, part: np.ndarray) -> None:
+    if columns is None and len(rows) == rows[-1] - rows[0] + 1:
+        total[rows[0] : rows[-1] + 1] += part
+    elif columns is None:
+        total[rows] += part
+    else:
+        total[np.ix_(rows, columns.cpu().numpy())] += part

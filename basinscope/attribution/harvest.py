@@ -1,0 +1,438 @@
+"""harvest_attributions(): from a model and a data set to a store of attributions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor, nn
+
+from basinscope.attribution.backward import BatchAttribution, Importance
+from basinscope.io.attributions import AttributionWriter
+from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS
+from basinscope.models.canonical import LinearMap, weight_of
+from basinscope.models.components import Components, neurons
+from basinscope.models.forward import evaluating, max_sequence_length, to_device, vocabulary_size
+from basinscope.models.head import NoLinearHeadError, output_embeddings
+from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
+from basinscope.sampling.interrupt import StopRequest, stop_on_signals
+from basinscope.sampling.job import check_vocabulary, choose_device, describe_model
+from basinscope.sampling.progress import show_count
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SAVE_SECONDS = 60.0  # between two saves, or ten times what one takes
+
+
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def harvest_attributions(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    output_path: str | os.PathLike[str],
+    batch_size: int,
+    components: str | Mapping[str, Components] = "neurons",
+    targets: Sequence[str] | None = None,
+    output_tokens: Sequence[int] = (),
+    n_batches: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    importance: Importance | None = None,
+    importance_threshold: float = 0.0,
+    alive: Mapping[str, Any] | None = None,
+    targets_at_once: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+) -> Path:
+    r"""Sum over a data set what components, and tokens, contribute to other components.
+
+    With y_t the sum over a batch's positions of target t's activation, times its importance, and
+    x_s a source's activation at one position, times its importance, an attribution is
+
+    .. math:: a = \frac{\partial y_t}{\partial x_s} x_s
+
+    and direct: the forward pass is cut at all components, and what is none lets gradients through.
+    Three sums over positions and batches are stored, in float64: of a (``attr``), of the same with
+    \|activation\| in y (``attr_abs``), by its own backward pass, and of a² (``mean_squared_attr``).
+    A token's attribution is the sum over the width of its embedding.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A Hugging Face causal LM. It is left as it was, whatever happens.
+    dataset : datasets.Dataset
+        With a column ``input_ids`` of equally long rows. Batch i has its rows from i
+        ``batch_size`` on; the last may be short.
+    output_path : path
+        The store. If it exists with the same settings it is continued. Each rank needs its own;
+        ``basinscope.merge_attributions`` adds them up.
+    batch_size : int
+        Sequences per batch. A stop loses at most the batches since the last save.
+    components : "neurons" or mapping of str to Components
+        What ``basinscope.models.components`` makes, by canonical name. Layers left out are not
+        cut: gradients pass through them.
+    targets : sequence of str, optional
+        Names of layers among the components, and "output": the directions of the residual stream
+        that the unembedding reads. Default: all. Only what a target depends on is its source.
+    output_tokens : sequence of int
+        Token ids that are targets themselves, y the sum of their logits without bias or scale.
+        ``attr`` of any token follows from "output"; the two other metrics do not.
+    n_batches : int, optional
+        Batches over all ranks. Default: the whole data set.
+    rank, world_size : int
+        This process takes batches rank, rank + world_size, ...
+    importance : callable, optional
+        ``({name: activations (batch, token, C)}, input_ids (batch, token)) -> {name: importances
+        (batch, token, C)}``, called without gradients. 1 for layers that it leaves out. Constants
+        for the gradients. The store knows it by its name only.
+    importance_threshold : float
+        Positions of greater importance are counted as active.
+    alive : mapping of str to bool array (C,), optional
+        Components of these layers that are False have importance 0. What has importance 0 all over
+        a batch costs nothing in it, as target or as source. Which components are dead is known
+        after a harvest only, from its mean importances: harvest a few batches first to learn it.
+    targets_at_once : int, optional
+        Targets per backward pass. Default: as many as keep its widest tensor within 4 MiB, which a
+        CPU's cache holds, and at most 16 (on a GPU 64 MiB and 64). Sums differ by rounding only.
+    device : str or torch.device, optional
+        Where the model runs meanwhile. Default: where it is.
+    progress : bool, optional
+        True: lines on stderr; False: nothing; None: a bar on a terminal, lines elsewhere.
+
+    Returns
+    -------
+    Path
+        The store, completed.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Before any work, with what is valid: arguments, data set, layers, components; a data set
+        with ids that the model does not know; sums too large for the free memory.
+    StoreMismatchError
+        If the store has other settings; names each that differs.
+    AttributionLockedError
+        If another process writes the store.
+    """
+    _check_numbers(batch_size, n_batches, rank, world_size, targets_at_once, importance_threshold)
+    batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
+    with _prepared(model, device):
+        embedding, unembedding, head = _ends(model)
+        parts = _components(model, components)
+        chosen = _targets(parts, targets, output_tokens, unembedding, head)
+        masks = _alive(parts, alive)
+        place = next(model.get_submodule(embedding).parameters()).device
+
+        def batch(number: int) -> Tensor:
+            numbers = range(number * batch_size, min((number + 1) * batch_size, rows))
+            return torch.from_numpy(read_rows(dataset, numbers)).to(place)
+
+        attribution = BatchAttribution(
+            model, parts, chosen, embedding=embedding, unembedding=unembedding,
+            importance=importance, importance_threshold=importance_threshold, alive=masks,
+            targets_at_once=targets_at_once, input_ids=batch(0),
+        )  # fmt: skip
+        sizes = {name: part.size for name, part in {**chosen, **parts}.items()}
+        sizes[EMBED] = vocabulary_size(model) or 0
+        edges = {(t, s): (sizes[t], sizes[s]) for t, s in attribution.edges}
+        _require_memory(edges)
+        with (
+            AttributionWriter.create_or_continue(
+                output_path,
+                metadata={
+                    "model": describe_model(model),
+                    "layers": _layers(parts, chosen, embedding, sizes[EMBED]),
+                    "components_sha256": _digest_of(parts, masks),
+                    "importance": None if importance is None else _name_of(importance),
+                    "importance_threshold": float(importance_threshold),
+                    "output_token_ids": [int(token) for token in output_tokens],
+                    "dataset_fingerprint": fingerprint,
+                    "batch_size": int(batch_size),
+                    "n_batches": None if n_batches is None else int(n_batches),
+                    "parts": [[int(rank), int(world_size)]],
+                },
+                edges=edges,
+                counts=_count_shapes(parts, chosen, sizes[EMBED]),
+                unembedding=head.weight.detach().float().cpu().numpy(),
+            ) as writer,
+            stop_on_signals() as stop,
+        ):
+            if not writer.completed:
+                _run(attribution, writer, batches, batch, stop, progress)
+    return Path(output_path)
+
+
+def _check_numbers(
+    batch_size: int,
+    n_batches: int | None,
+    rank: int,
+    world_size: int,
+    targets_at_once: int | None,
+    importance_threshold: float,
+) -> None:
+    whole = {
+        "batch_size": batch_size,
+        "n_batches": None if n_batches is None else int(n_batches),
+        "world_size": world_size,
+    }
+    for name, value in {**whole, "targets_at_once": targets_at_once}.items():
+        if value is None and name in ("n_batches", "targets_at_once"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or rank < 0:
+        raise ValueError(f"rank={rank!r} must be a whole number of at least 0")
+    if rank >= world_size:
+        raise ValueError(
+            f"rank={rank} is none of world_size={world_size}: ranks are 0 to {world_size - 1}"
+        )
+    if not 0 <= importance_threshold < float("inf"):
+        raise ValueError(f"importance_threshold={importance_threshold!r} must be 0 or more")
+
+
+def _plan(
+    model: nn.Module,
+    dataset: Any,
+    batch_size: int,
+    n_batches: int | None,
+    rank: int,
+    world_size: int,
+) -> tuple[list[int], int, str]:
+    """Check the data set; give this rank's batches, the rows of all ranks, and their hash."""
+    rows, length = check_dataset(dataset, "dataset", least_tokens=1)
+    limit = max_sequence_length(model)
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"dataset's sequences have {length} tokens, and {type(model).__name__} takes at most "
+            f"{limit}: cut them shorter (tokenize_and_concatenate(max_length={limit}))"
+        )
+    available = -(-rows // batch_size)
+    if n_batches is not None and n_batches > available:
+        raise ValueError(
+            f"n_batches={n_batches}, and dataset has {rows} rows: {available} batches of "
+            f"batch_size={batch_size}"
+        )
+    total = available if n_batches is None else n_batches
+    rows = min(rows, total * batch_size)
+    check = partial(check_vocabulary, model, name="dataset")
+    digest = dataset_digest(dataset, rows, check)
+    return list(range(rank, total, world_size)), rows, f"sha256 {digest}"
+
+
+@contextmanager
+def _prepared(model: nn.Module, device: str | torch.device | None) -> Iterator[None]:
+    """Let a model run on a device, without dropout and without gradients of its weights."""
+    parameters = list(model.parameters())
+    home = {parameter.device for parameter in parameters}
+    asked = None if device is None else choose_device(device)
+    moves = asked is not None and home != {torch.empty(0, device=asked).device}
+    if moves and len(home) > 1:
+        raise ValueError(
+            f"the model is spread over {', '.join(map(str, sorted(map(str, home))))}: leave device "
+            "out to run it there"
+        )
+    required = [parameter.requires_grad for parameter in parameters]
+    try:
+        if moves and asked is not None:
+            to_device(model, asked)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with evaluating(model):
+            yield
+    finally:
+        for parameter, was in zip(parameters, required, strict=True):
+            parameter.requires_grad_(was)
+        if moves:
+            to_device(model, home.pop())
+
+
+def _ends(model: nn.Module) -> tuple[str, str, nn.Linear]:
+    """Name the modules of a model's token embedding and unembedding, and give the latter."""
+    try:
+        head = output_embeddings(model)
+    except NoLinearHeadError as error:
+        raise ValueError(
+            f"attributions start at a token embedding and end at a linear unembedding: {error}. "
+            "Give a Hugging Face causal LM"
+        ) from error
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(embedding)], names[id(head)], head
+
+
+def _components(
+    model: nn.Module, components: str | Mapping[str, Components]
+) -> dict[str, Components]:
+    """Check components, and have their factors where their modules are."""
+    if isinstance(components, str) and components == "neurons":
+        return neurons(model)
+    if not isinstance(components, Mapping):
+        raise TypeError(
+            f"components={components!r} must be 'neurons', or a dict of canonical name to "
+            "Components: what neurons(), singular_directions() or rank_one_factors() make"
+        )
+    placed = {}
+    for name, part in components.items():
+        if not isinstance(part, Components):
+            raise TypeError(
+                f"components[{name!r}] is a {type(part).__name__}, not Components: "
+                "rank_one_factors(model, {name: (V, U)}) makes them"
+            )
+        if part.name != name:
+            raise ValueError(f"components[{name!r}] are those of {part.name!r}")
+        place = weight_of(model, part.linear).device
+        V, U = (None if t is None else t.to(place) for t in (part.V, part.U))
+        placed[name] = replace(part, V=V, U=U)
+    return placed
+
+
+def _targets(
+    components: Mapping[str, Components],
+    targets: Sequence[str] | None,
+    tokens: Sequence[int],
+    unembedding: str,
+    head: nn.Linear,
+) -> dict[str, Components]:
+    """Give the targets that were asked for, those at the unembedding last."""
+    valid = [*components, OUTPUT]
+    wanted = valid if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    if unknown := [str(name) for name in wanted if name not in valid]:
+        raise ValueError(
+            f"targets names {', '.join(unknown)}, which is no target here; there are "
+            f"{', '.join(valid)}"
+        )
+    found = {name: part for name, part in components.items() if name in wanted}
+    at = LinearMap(unembedding)
+    if OUTPUT in wanted:
+        found[OUTPUT] = Components(OUTPUT, at, head.in_features, None, None, "output")
+    if len(tokens):
+        ids = [int(token) for token in tokens]
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= head.out_features or len(set(ids)) < len(ids):
+            raise ValueError(
+                f"output_tokens must be different ids from 0 to {head.out_features - 1}; got {ids}"
+            )
+        reads = head.weight.detach()[ids].T
+        reads = reads.to(torch.promote_types(reads.dtype, torch.float32))
+        found[OUTPUT_TOKENS] = Components(OUTPUT_TOKENS, at, len(ids), reads, None, "output")
+    if not found:
+        raise ValueError("there is nothing to harvest: name a target or an output token")
+    return found
+
+
+def _alive(
+    components: Mapping[str, Components], alive: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    masks = {}
+    for name, given in (alive or {}).items():
+        if name not in components:
+            raise ValueError(
+                f"alive names {name!r}, which is none of the components: {', '.join(components)}"
+            )
+        mask = torch.as_tensor(given)
+        if mask.dtype != torch.bool or mask.shape != (components[name].size,):
+            raise ValueError(
+                f"alive[{name!r}] must be a bool array of shape ({components[name].size},); got "
+                f"{mask.dtype} of {tuple(mask.shape)}"
+            )
+        masks[name] = mask
+    return masks
+
+
+def _require_memory(edges: Mapping[tuple[str, str], tuple[int, int]]) -> None:
+    """Refuse sums that do not fit into what is free."""
+    bytes_of = {edge: 8 * len(METRICS) * rows * columns for edge, (rows, columns) in edges.items()}
+    needed, free = sum(bytes_of.values()), psutil.virtual_memory().available
+    if needed > free:
+        target, source = max(bytes_of, key=lambda edge: bytes_of[edge])
+        raise ValueError(
+            f"the sums of {len(edges)} pairs of layers take {needed / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free (the largest, from {source} to {target}, takes "
+            f"{bytes_of[target, source] / 2**30:.1f}): name fewer targets, or give fewer components"
+        )
+
+
+def _layers(
+    components: Mapping[str, Components],
+    targets: Mapping[str, Components],
+    embedding: str,
+    vocabulary: int,
+) -> dict[str, dict[str, Any]]:
+    """Describe every layer for the store."""
+    described = {EMBED: {"module": embedding, "size": vocabulary, "kind": "embedding"}}
+    for name, part in {**components, **targets}.items():
+        if name != OUTPUT_TOKENS:
+            described[name] = {"module": part.linear.module, "size": part.size, "kind": part.kind}
+    return described
+
+
+def _count_shapes(
+    components: Mapping[str, Components], targets: Mapping[str, Components], vocabulary: int
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        name: {count: (part.size,) for count in ("mean_importance_sum", "active", "square_sum")}
+        for name, part in components.items()
+    }
+    shapes[EMBED] = {"occurrences": (vocabulary,)}
+    if OUTPUT in targets:
+        shapes[OUTPUT] = {"square_sum": (targets[OUTPUT].size,)}
+    return shapes
+
+
+def _digest_of(components: Mapping[str, Components], alive: Mapping[str, Tensor]) -> str:
+    """Name components by a hash of all that makes them."""
+    digest = hashlib.sha256()
+    for name, part in sorted(components.items()):
+        digest.update(f"{name} {part.linear.module} {part.kind}".encode())
+        for values in (part.linear.rows, part.V, part.U, alive.get(name)):
+            if values is not None:
+                array = np.ascontiguousarray(torch.as_tensor(values).cpu().numpy())
+                digest.update(f"{array.shape} {array.dtype}".encode())
+                digest.update(array.data)
+            digest.update(b";")
+    return digest.hexdigest()
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _run(
+    attribution: BatchAttribution,
+    writer: AttributionWriter,
+    batches: Sequence[int],
+    batch: Callable[[int], Tensor],
+    stop: StopRequest,
+    progress: bool | None,
+) -> None:
+    """Add the batches that are not yet in the store, saving now and then."""
+    sums, counts, tokens = writer.sums()
+    done = writer.batches_done
+    saved, pause = time.monotonic(), SAVE_SECONDS
+    with show_count("batch", len(batches), progress) as report:
+        report(done)
+        while done < len(batches) and not stop.asked:
+            input_ids = batch(batches[done])
+            attribution.add(input_ids, sums, counts)
+            done, tokens = done + 1, tokens + input_ids.numel()
+            report(done)
+            if done == len(batches) or stop.asked or time.monotonic() - saved >= pause:
+                begun = time.monotonic()
+                writer.save(sums, counts, tokens=tokens, batches_done=done)
+                saved = time.monotonic()
+                pause = max(SAVE_SECONDS, 10 * (saved - begun))
+    if done == len(batches):
+        writer.finish()
