@@ -20,6 +20,7 @@ from basinscope.analysis.susceptibilities import (
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from distributed import Client
     from torch import Tensor, nn
 
     Restrictions = Mapping[str, Mapping[str, Tensor | None] | str | Sequence[str] | None]
@@ -132,6 +133,7 @@ def susceptibilities(
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     include_sampling_task: bool = False,
     output_path: str | os.PathLike[str] | None = None,
+    client: Client | None = None,
     progress: bool | None = None,
     **sample_kwargs: Any,
 ) -> xr.DataTree:
@@ -154,6 +156,8 @@ def susceptibilities(
         ``runs/s.zarr`` writes ``runs/s_{restriction}.zarr``, a store for each restriction; the
         same call continues what was stopped, and restrictions that are complete are not sampled
         again; array jobs may each be given some of them, "full" among them.
+    client : distributed.Client, optional
+        Sample each restriction as a task on its workers, which see `output_path` too.
     progress : bool, optional
         True: a line per restriction on stderr; False: nothing; None: one bar on a terminal.
 
@@ -166,7 +170,7 @@ def susceptibilities(
     ------
     ValueError
         If "full" or the task is missing, nothing is left to ask about, or a restriction's name is
-        no file name; before anything is sampled.
+        no file name; before anything is sampled. So if there is a client and no `output_path`.
     """
     from basinscope.sampling.progress import show_restrictions
     from basinscope.sampling.sample import sample
@@ -183,23 +187,22 @@ def susceptibilities(
             f"{sampling_task!r} is the only observable: add another to ask about, or pass "
             "include_sampling_task=True"
         )
+    if client is not None and output_path is None:
+        raise ValueError("with a client the workers write stores: give output_path")
     masks = {name: _masks_of(model, wanted) for name, wanted in weight_restrictions.items()}
+    arguments = (model, dataset, observables)
+    settings = {"lr": lr, "n_beta": n_beta, "loss_fn": loss_fn, "progress": False, **sample_kwargs}
+    each = {
+        name: {**settings, "param_masks": param_masks, "output_path": paths[name]}
+        for name, param_masks in masks.items()
+    }
+    if client is not None:
+        _sample_on(client, arguments, each, progress)
     trees = {}
-    with show_restrictions(list(masks), progress) as starting:
-        for name, param_masks in masks.items():
+    with show_restrictions(list(each), False if client is not None else progress) as starting:
+        for name, one in each.items():
             starting(name)
-            trees[name] = sample(
-                model,
-                dataset,
-                observables,
-                lr=lr,
-                n_beta=n_beta,
-                param_masks=param_masks,
-                loss_fn=loss_fn,
-                output_path=paths[name],
-                progress=False,
-                **sample_kwargs,
-            )
+            trees[name] = sample(*arguments, **one)
     return compute_susceptibilities(
         trees, sampling_task, include_sampling_task=include_sampling_task
     )
@@ -235,6 +238,31 @@ def plan(
     if estimator not in planners:
         raise ValueError(f"estimator={estimator!r}: choose one of {', '.join(planners)}")
     return planners[estimator](samples, *args, **options)
+
+
+def _sample_on(
+    client: Client,
+    arguments: tuple[Any, ...],
+    each: Mapping[str, Mapping[str, Any]],
+    progress: bool | None,
+) -> None:
+    """Have a cluster's workers sample stores; an error of one of them is raised."""
+    from distributed import as_completed
+
+    from basinscope.sampling.progress import show_count
+
+    shared = client.scatter(arguments, broadcast=True, hash=False)
+    tasks = [client.submit(_sample_store, shared, one, pure=False) for one in each.values()]
+    with show_count("restriction", len(tasks), progress) as report:
+        for done, task in enumerate(as_completed(tasks), start=1):
+            task.result()
+            report(done)
+
+
+def _sample_store(arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+    from basinscope.sampling.sample import sample
+
+    sample(*arguments, **settings)
 
 
 def _masks_of(model: nn.Module, wanted: Any) -> Mapping[str, Tensor | None] | None:

@@ -102,9 +102,24 @@ def test_restrictions_may_be_named(
         basinscope.susceptibilities(*problem, ["full", "l7"], progress=False, **options)
 
 
+def test_restrictions_are_sampled_on_a_cluster(
+    problem: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = pytest.importorskip("distributed")
+    options: dict[str, Any] = {**SETTINGS, "sampling_task": "the task", "progress": False}
+    here = basinscope.susceptibilities(*problem, ["full", "l0", "l1h0"], **options).compute()
+    with distributed.Client(processes=False, n_workers=2, threads_per_worker=1) as client:
+        options |= {"output_path": tmp_path / "s.zarr", "client": client}
+        there = basinscope.susceptibilities(*problem, ["full", "l0", "l1h0"], **options).compute()
+    np.testing.assert_array_equal(here["susceptibilities/sus"], there["susceptibilities/sus"])
+    stores = sorted(path.name for path in tmp_path.iterdir())
+    assert stores == ["s_full.zarr", "s_l0.zarr", "s_l1h0.zarr"]
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
+        (lambda *a: wanted(a, {"full": None, "l0": None}, client=object()), "give output_path"),
         (lambda *a: basinscope.bif(*a, **SETTINGS, correlation_method="pairs"), "correlation_meth"),
         (lambda *a: basinscope.bif(*a, **SETTINGS, bif_batch_size=0), "batch_size=0"),
         (lambda *a: wanted(a, {"l0": None}), "lacks 'full'"),
