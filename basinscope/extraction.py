@@ -42,7 +42,7 @@ def extract_dataset(
     """Run a data set through a model and stream what is asked for to a Zarr store.
 
     A batch at a time is held. The same call continues a store that was stopped, from its last whole
-    chunk, and returns a completed one as it is.
+    chunk and with the same batches, and returns a completed one as it is.
 
     Parameters
     ----------
@@ -53,7 +53,8 @@ def extract_dataset(
     config : ExtractionConfig
     output : path
     batch_size : int
-        Examples in a forward pass. "mean" and "patch" interventions see one batch.
+        Examples in a forward pass. "mean" and "patch" interventions see one batch, so that with
+        them a store is continued with the same size only.
     interventions : sequence of Intervention
     save_unembedding : bool
         Store final norm and unembedding beside the activations, so that a logit lens needs neither
@@ -74,41 +75,51 @@ def extract_dataset(
     StoreMismatchError
         If ``output`` was made with other settings, or from other data; names each.
     """
-    rows, _ = check_dataset(dataset, "dataset", least_tokens=1)
-    digest = dataset_digest(dataset, rows, partial(check_vocabulary, model, name="dataset"))
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least 1")
+    rows, _ = check_dataset(dataset, "dataset", least_tokens=1)
+    digest = dataset_digest(dataset, rows, partial(check_vocabulary, model, name="dataset"))
     extractor = Extractor(model, config, interventions)
-    first = extractor(torch.from_numpy(read_rows(dataset, range(min(rows, batch_size)))))
+
+    def batch_at(begin: int) -> ActivationCache:
+        numbers = range(begin, min(begin + batch_size, rows))
+        return extractor(torch.from_numpy(read_rows(dataset, numbers)))
+
+    see_batch = any(intervention.kind != "zero" for intervention in interventions)
+    if see_batch and rows > batch_size and rows % batch_size:
+        batch_at(rows // batch_size * batch_size)  # they must fit the last, smaller one too
+    cache = batch_at(0)
     with ActivationWriter.create_or_continue(
         output,
         variables={
-            name: (first.dims[name], tuple(array.shape[1:]), _dtype(array))
-            for name, array in first.items()
+            name: (cache.dims[name], tuple(array.shape[1:]), _dtype(array))
+            for name, array in cache.items()
         },
         num_examples=rows,
         attrs={
-            **first.metadata,
-            "model": {**first.metadata["model"], **describe_model(model)},
+            **cache.metadata,
+            "model": {**cache.metadata["model"], **describe_model(model)},
             "dataset": {"rows": rows, "sha256": digest},
+            **({"batch_size": batch_size} if see_batch else {}),
         },
-        coords=first.coords,
+        coords=cache.coords,
         unembedding=_unembedding(model) if save_unembedding else None,
     ) as writer:
         with show_count("example", rows, progress) as report:
             report(writer.examples_done)
-            while writer.examples_done < rows:
-                begin = writer.examples_done
-                batch = range(begin, min(begin + batch_size, rows))
-                cache = extractor(torch.from_numpy(read_rows(dataset, batch))) if begin else first
-                writer.append(_arrays(cache))
+            while (done := writer.examples_done) < rows:
+                begin = done // batch_size * batch_size
+                if begin:
+                    del cache  # one at a time
+                    cache = batch_at(begin)
+                writer.append(_arrays(cache, skip=done - begin))
                 report(writer.examples_done)
         writer.finish()
     return open_activations(output)
 
 
-def _arrays(cache: ActivationCache) -> dict[str, np.ndarray]:
-    return {name: to_numpy(array) for name, array in cache.items()}
+def _arrays(cache: ActivationCache, skip: int) -> dict[str, np.ndarray]:
+    return {name: to_numpy(array[skip:]) for name, array in cache.items()}
 
 
 def _dtype(array: torch.Tensor) -> str:

@@ -82,6 +82,45 @@ def test_a_stopped_run_goes_on_where_it_was(
     assert extract_dataset(model, dataset(), CONFIG, output=path).attrs["completed"] == 1
 
 
+def test_a_continued_run_has_the_batches_of_one_that_was_not_stopped(tmp_path: Path) -> None:
+    """Also where a store's chunks end inside a batch; a mean over examples shows it."""
+    model, path = tiny("gpt2"), tmp_path / "stopped.zarr"
+    mean = [Intervention("mean", "attn_out_0"), Intervention("patch", "mlp_out_0", source=0)]
+    settings: dict[str, Any] = {"batch_size": 5, "interventions": mean}
+    whole = extract_dataset(model, dataset(), CONFIG, output=tmp_path / "whole.zarr", **settings)
+    first_of_a_batch = torch.from_numpy(ids()[15])
+
+    def stop(module: Any, args: Any) -> None:
+        if torch.equal(args[0][0], first_of_a_batch):
+            raise KeyboardInterrupt
+
+    handle = model.get_submodule("transformer.wte").register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        extract_dataset(model, dataset(), CONFIG, output=path, **settings)
+    handle.remove()
+    with pytest.raises(ValueError, match="it has 14 of 21 examples"):
+        open_activations(path)
+    with pytest.raises(StoreMismatchError, match="batch_size"):
+        extract_dataset(model, dataset(), CONFIG, output=path, batch_size=7, interventions=mean)
+    tree = extract_dataset(model, dataset(), CONFIG, output=path, **settings)
+    for name in whole.data_vars:
+        np.testing.assert_array_equal(tree[name].values, whole[name].values)
+
+
+def test_an_intervention_that_does_not_fit_the_last_batch_is_refused_first(tmp_path: Path) -> None:
+    patch = [Intervention("patch", "attn_out_0", source=3)]
+    with pytest.raises(ValueError, match="source=3: the batch has examples 0 to 0"):
+        extract_dataset(
+            tiny("gpt2"),
+            dataset(),
+            CONFIG,
+            output=tmp_path / "a",
+            batch_size=4,
+            interventions=patch,
+        )
+    assert not (tmp_path / "a").exists()
+
+
 def test_other_settings_or_data_are_refused(tmp_path: Path) -> None:
     model, path = tiny("gpt2"), tmp_path / "a.zarr"
     extract_dataset(model, dataset(), CONFIG, output=path)

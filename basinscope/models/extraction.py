@@ -22,7 +22,7 @@ from basinscope.models.forward import (
     vocabulary_size,
 )
 from basinscope.models.interventions import Intervention, intervened
-from basinscope.models.positions import Positions, described, resolve_positions
+from basinscope.models.positions import Positions, described, plain, resolve_positions
 from basinscope.models.sites import (
     FINAL_NORM,
     Heads,
@@ -111,7 +111,8 @@ class ExtractionConfig:
     def to_dict(self) -> dict[str, Any]:
         """Give the settings as JSON can hold them."""
         settings = asdict(self)
-        settings["layers"] = "all" if self.layers == "all" else list(self.layers)
+        given = plain(self.layers)
+        settings["layers"] = given if isinstance(given, str) else [plain(n) for n in given]
         settings["target_token_positions"] = described(self.target_token_positions)
         return settings
 
@@ -177,7 +178,7 @@ class Extractor:
         length = input_ids.shape[1]
         positions = resolve_positions(self.config.target_token_positions, length)
         taken = _Taken(length, positions, self.config.average)
-        input_ids = input_ids.to(next(self.model.parameters()).device)
+        input_ids = input_ids.to(next(self.model.parameters()).device, torch.long)
         if "input_ids" in self.names:
             taken.found["input_ids"] = input_ids
         with ExitStack() as stack:
@@ -199,6 +200,8 @@ class Extractor:
                 if "logits" in self.names:
                     taken.put("logits", taken.choose(logits))
         order = [n for name in self.names for n in _arrays_of(name)]
+        if absent := [name for name in order if name not in taken.found]:
+            raise ValueError(f"{absent[0]} cannot be extracted: its module does not run")
         return ActivationCache(
             {name: taken.found[name] for name in order},
             {name: DIMS[_kind(name)] for name in order},
@@ -229,19 +232,20 @@ class Extractor:
     def _listen_to_heads(self, stack: ExitStack, name: str, heads: Heads, taken: _Taken) -> None:
         """Hook where the heads' outputs meet the projection, and the norms that follow it."""
         weights = head_weights(self.model, heads)
+        shares: list[Tensor] = []
 
         def project(passed: Tensor) -> None:
             chosen = taken.choose(passed)
             contributions = torch.einsum("bphs,hsd->bphd", chosen, weights.to(chosen.dtype))
-            taken.found[name] = contributions * heads.scale if heads.scale != 1 else contributions
+            shares.append(contributions * heads.scale if heads.scale != 1 else contributions)
             if not heads.after:
-                taken.put(name, taken.found[name])
+                taken.put(name, shares.pop())
 
         def through(module: nn.Module, args: Any, output: Any, last: bool) -> None:
             factor = _factor(module, taken.choose(by_example(args[0], taken.length)))
-            taken.found[name] = taken.found[name] * factor.unsqueeze(-2)
+            shares.append(shares.pop() * factor.unsqueeze(-2))
             if last:
-                taken.put(name, taken.found[name])
+                taken.put(name, shares.pop())
 
         self._hook(stack, heads.passed, project, taken.length)
         for number, norm in enumerate(heads.after, start=1):
@@ -313,6 +317,8 @@ class _Taken:
         if self._average:
             wide = torch.promote_types(chosen.dtype, torch.float32)
             chosen = chosen.mean(axis, keepdim=True, dtype=wide).to(chosen.dtype)
+        if name in self.found and not torch.equal(self.found[name], chosen):
+            raise ValueError(f"{name} cannot be extracted: its module runs more than once")
         self.found[name] = chosen
 
     def put_chosen(self, name: str, array: Tensor) -> None:
@@ -339,7 +345,7 @@ def _factor(module: nn.Module, given: Tensor) -> Tensor:
     largest = (given * weight).abs().argmax(-1, keepdim=True)
     shrink = made.gather(-1, largest) / (given * weight).gather(-1, largest)
     factor = shrink * weight
-    exact = torch.finfo(given.dtype).eps * 1e3
+    exact = max(8 * torch.finfo(given.dtype).eps, 1e-4)  # norms compute in float32
     if not torch.allclose(given * factor, made, rtol=exact, atol=exact * float(made.abs().max())):
         raise ValueError(
             f"heads cannot be told apart behind a {type(module).__name__} that does more than "
@@ -383,12 +389,9 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 def _names(config: ExtractionConfig, sites: Sites) -> list[str]:
     """Names of all that is asked for, layer by layer; each checked to be there."""
     count = len(sites.layers)
-    layers = range(count) if config.layers == "all" else config.layers
-    for layer in layers:
-        if not isinstance(layer, int) or not 0 <= layer < count:
-            raise ValueError(f"layers={config.layers!r}: the model has layers 0 to {count - 1}")
+    layers = _layer_numbers(config.layers, count)
     kinds = config.kinds
-    if not kinds or (not layers and not set(kinds) & set(OF_THE_MODEL)):
+    if not kinds or (not layers and set(kinds) - set(OF_THE_MODEL)):
         raise ValueError(f"the configuration asks for nothing; set some of {', '.join(DIMS)}")
     names = []
     for kind in kinds:
@@ -396,11 +399,23 @@ def _names(config: ExtractionConfig, sites: Sites) -> list[str]:
             names.append(kind)
             continue
         found = {layer: _why_missing(sites, kind, layer) for layer in layers}
-        if all(found.values()) or (config.layers != "all" and any(found.values())):
+        if all(found.values()) or (not isinstance(config.layers, str) and any(found.values())):
             layer, why = next((layer, why) for layer, why in found.items() if why)
             raise ValueError(f"{kind}_{layer} cannot be extracted: {why}")
         names += [f"{kind}_{layer}" for layer, why in found.items() if not why]
     return names
+
+
+def _layer_numbers(layers: Any, count: int) -> list[int]:
+    given = plain(layers)
+    if given == "all":
+        return list(range(count))
+    numbers: list[Any] = [plain(n) for n in given] if isinstance(given, Sequence) else [None]
+    if not all(type(n) is int and 0 <= n < count for n in numbers):
+        raise ValueError(
+            f"layers={layers!r}: 'all', or a list of numbers; the model has layers 0 to {count - 1}"
+        )
+    return numbers
 
 
 def _why_missing(sites: Sites, kind: str, layer: int) -> str:
@@ -427,10 +442,17 @@ def _layer(name: str) -> int:
     return int(name.rpartition("_")[2])
 
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _check_ids(model: nn.Module, input_ids: Tensor) -> None:
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        got = getattr(input_ids, "shape", type(input_ids).__name__)
-        raise ValueError(f"input_ids must be integers of shape (example, token); got {got}")
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids must be a torch.Tensor; got {type(input_ids).__name__}")
+    if input_ids.ndim != 2 or input_ids.dtype not in _INTEGERS:
+        raise ValueError(
+            "input_ids must be integers of shape (example, token); got "
+            f"{input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
     if input_ids.numel() == 0:
         raise ValueError(f"input_ids is empty: {tuple(input_ids.shape)}")
     count = vocabulary_size(model)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.positions import Positions, described, resolve_positions
+from basinscope.models.positions import Positions, described, plain, resolve_positions
 from basinscope.models.sites import Site, Sites, by_example
-from basinscope.models.stream import first_tensor
+from basinscope.models.stream import changing_input, first_tensor
 
 KINDS = ("zero", "mean", "patch")
 _TARGET = re.compile(r"(embed)|(resid_in|resid_out|attn_out|mlp_out)_(\d+)|head_out_L(\d+)H(\d+)")
@@ -59,6 +59,10 @@ class Intervention:
             )
         if (self.kind == "patch") != (self.source is not None):
             raise ValueError(f"kind={self.kind!r} takes a source if, and only if, it is 'patch'")
+        if not isinstance(self.source, Tensor | None) and type(plain(self.source)) is not int:
+            raise ValueError(
+                f"source={self.source!r}: give an example's number (int), or a torch.Tensor"
+            )
         if match[4] and isinstance(self.source, Tensor):
             raise ValueError(
                 f"{self.target!r} can be patched from another example of its batch only: "
@@ -72,6 +76,8 @@ class Intervention:
             numbers = source.detach().cpu().double().contiguous().numpy()
             digest = hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
             source = {"shape": list(source.shape), "sha256": digest}
+        else:
+            source = plain(source)
         return {
             "kind": self.kind,
             "target": self.target,
@@ -97,7 +103,7 @@ def intervened(
             change = _changing(intervention, site, head, length)
             module = model.get_submodule(site.module)
             if site.part == "input":
-                handle = module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
+                handle = module.register_forward_pre_hook(changing_input(change), with_kwargs=True)
             else:
                 handle = module.register_forward_hook(_on_output(change))
             hooks.callback(handle.remove)
@@ -163,15 +169,6 @@ def _replacement(intervention: Intervention, now: Tensor, scale: float) -> Tenso
     if not -len(now) <= source < len(now):
         raise ValueError(f"source={source}: the batch has examples 0 to {len(now) - 1}")
     return now[source].expand_as(now)
-
-
-def _on_input(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
-
-    return hook
 
 
 def _on_output(change: Callable[[Tensor], Tensor]) -> Any:

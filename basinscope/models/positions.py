@@ -14,7 +14,7 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
 
     Parameters
     ----------
-    positions : "all", "last", int, slice, or a list of these
+    positions : "all", "last", int, slice, or a list or array of these
         Negative numbers count from the end.
     length : int
         Tokens of a sequence.
@@ -24,6 +24,7 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
     ValueError
         If a position is no token of the sequence, is named twice, or none is named.
     """
+    positions = plain(positions)
     several = isinstance(positions, Sequence) and not isinstance(positions, str)
     parts: Sequence[Any] = positions if several else [positions]  # type: ignore[assignment]
     found = [number for part in parts for number in _resolve(part, length)]
@@ -38,14 +39,21 @@ def resolve_positions(positions: Positions, length: int) -> list[int]:
 
 def described(positions: Positions) -> Any:
     """Give positions as JSON can hold them; a slice as [start, stop, step]."""
+    positions = plain(positions)
     if isinstance(positions, slice):
-        return [positions.start, positions.stop, positions.step]
+        return [plain(end) for end in (positions.start, positions.stop, positions.step)]
     if isinstance(positions, Sequence) and not isinstance(positions, str):
         return [described(part) for part in positions]
     return positions
 
 
+def plain(value: Any) -> Any:
+    """Give what NumPy or torch wraps as Python's own numbers and lists; the rest as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _resolve(part: Any, length: int) -> Sequence[int]:
+    part = plain(part)
     if part == "all":
         return range(length)
     if part == "last":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from basinscope.models.canonical import canonical_maps
 from basinscope.models.forward import is_transformer_lens
 from basinscope.models.restrictions import structure_of
-from basinscope.models.stream import Layer, first_tensor, stream_of
+from basinscope.models.stream import HIDDEN, Layer, first_tensor, stream_of
 from basinscope.models.structure import ModelStructure, UnknownStructureError
 from basinscope.models.unembedding import find_final_norm
 
@@ -47,13 +47,20 @@ class Site:
     def read(self, args: Any, kwargs: Any, output: Any, length: int) -> Tensor:
         """Take the tensor of this site, (example, token, ...), from a call of its module."""
         if self.part == "input":
-            found = args[0] if args else kwargs[_HIDDEN]
+            found = args[0] if args else kwargs.get(HIDDEN)
         elif self.part == "weights":
             found = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         else:
             found = first_tensor(output)
         if not isinstance(found, Tensor):
             raise ValueError(f"{self.module} gives no {self.part} to read here: got {found!r}")
+        if self.part == "weights" and (
+            found.shape[-2:] != (length, length) or bool((found < 0).any())
+        ):
+            raise ValueError(
+                f"{self.module} gives no attention probabilities (example, head, token, token), "
+                f"but {tuple(found.shape)} other numbers: choose layers without it"
+            )
         found = by_example(found, length)
         if self.rows is not None:
             found = found[..., torch.as_tensor(self.rows, device=found.device)]
@@ -126,8 +133,12 @@ def find_sites(model: nn.Module) -> Sites:
     heads: dict[int, Heads] = {}
     missing: dict[str, str] = {}
     for number, layer in enumerate(stream):
-        plain[f"resid_in_{number}"] = Site(layer.module, "input")
-        plain[f"resid_out_{number}"] = Site(layer.module, "output")
+        if layer.one_stream:
+            plain[f"resid_in_{number}"] = Site(layer.module, "input")
+            plain[f"resid_out_{number}"] = Site(layer.module, "output")
+        else:
+            why = f"{layer.module} hands several streams on at once"
+            missing |= {f"resid_in_{number}": why, f"resid_out_{number}": why}
         for name, module, what in (
             (f"attn_out_{number}", layer.attention_writes, "attention"),
             (f"mlp_out_{number}", layer.mlp_writes, "MLP"),
@@ -139,6 +150,8 @@ def find_sites(model: nn.Module) -> Sites:
         if layer.attention is not None:
             plain[f"attn_in_{number}"] = Site(layer.attention, "input")
             plain[f"attn_pattern_{number}"] = Site(layer.attention, "weights")
+            why = f"{layer.attention} has no projection that gives just these, as far as was seen"
+            missing |= {f"{kind}_{number}": why for kind in ("queries", "keys", "values")}
         found = _heads(structure, layer, number)
         if isinstance(found, str):
             missing[f"head_out_{number}"] = found
@@ -180,6 +193,8 @@ def _queries_keys_values(model: nn.Module, structure: ModelStructure) -> dict[st
         if match is None:
             continue
         layer = structure.layers[int(match[1])]
+        if layer.unknown:
+            continue  # as many heads as nobody knows
         kind, heads = {
             "q": ("queries", layer.num_heads),
             "k": ("keys", layer.num_groups),
@@ -233,6 +248,3 @@ def _hooked_sites(model: nn.Module) -> Sites:
         if f"blocks.{number}.attn.hook_z" in modules
     }
     return Sites(plain, heads, {}, tuple(f"blocks.{number}" for number in range(count)))
-
-
-_HIDDEN = "hidden_states"

@@ -3,11 +3,13 @@
 What a layer's attention and MLP add to the stream is found by trying. A few tokens go through the
 model, and those two outputs inside a layer are taken whose sum, times one number, is what the layer
 changed. So norms after a sublayer, residual multipliers, sublayers side by side, and blocks that
-add the stream inside their attention need no table.
+add the stream inside their attention need no table. The layers are given small made-up numbers:
+beside a loud stream, 16 bits lose what is added to it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from basinscope.models.structure import (
 )
 
 PROBE_TOKENS = 6
+QUIET = 2.0**-6  # size of the numbers that a layer is given
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Layer:
     after_projection : tuple of str
         Modules between the output projection and what is added, in order: norms, dropout.
     scale : float
+    one_stream : bool
+        Whether the stream is (example, token, d_model); some models hand several on at once.
     """
 
     module: str
@@ -54,6 +59,7 @@ class Layer:
     mlp_writes: str | None
     after_projection: tuple[str, ...]
     scale: float
+    one_stream: bool
 
 
 def stream_of(model: nn.Module) -> tuple[Layer, ...]:
@@ -94,8 +100,17 @@ def _find(model: nn.Module) -> tuple[Layer, ...]:
     layers = layer_modules(model)
     blocks = attention_modules(model)
     runs: list[list[_Ran]] = [[] for _ in layers]
+    generator = torch.Generator().manual_seed(0)
+
+    def made_up(given: Tensor) -> Tensor:
+        return QUIET * torch.randn(given.shape, generator=generator).to(given)
+
     with ExitStack() as hooks:
         for layer, seen in zip(layers, runs, strict=True):
+            quiet = model.get_submodule(layer).register_forward_pre_hook(
+                changing_input(made_up), with_kwargs=True
+            )
+            hooks.callback(quiet.remove)
             for name, module in model.get_submodule(layer).named_modules(prefix=layer):
                 note = _noting(name, seen)
                 handle = module.register_forward_hook(note, with_kwargs=True)
@@ -135,12 +150,26 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def changing_input(change: Callable[[Tensor], Tensor]) -> Any:
+    """Make a pre-hook, with keywords, that changes the hidden states a module takes."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, HIDDEN: change(kwargs[HIDDEN])}
+
+    return hook
+
+
+HIDDEN = "hidden_states"  # its name, where a module is given it by name
+
+
 def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran]) -> Layer:
     whole = next((run for run in seen if run.name == layer), None)
     if whole is None or whole.given.shape != whole.made.shape:
         raise UnknownStructureError(f"{layer} does not take the residual stream and return it")
     inside = [  # some models flatten (example, token) on the way
-        _Ran(run.name, run.given, run.made.view(whole.made.shape))
+        _Ran(run.name, run.given, run.made.reshape(whole.made.shape))
         for run in seen
         if run is not whole
         and run.made.shape[-1] == whole.made.shape[-1]
@@ -153,8 +182,9 @@ def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran])
     of_attention = _that_carry(inside, projection)
     change = whole.made - whole.given
     writers = _writers(inside, of_attention, change)
-    if writers is None:
-        return Layer(layer, block, projection, None, None, (), 1.0)
+    one_stream = whole.given.ndim == 3
+    if writers is None or (writers[0] is None and _mixes_tokens(model, layer, writers[1])):
+        return Layer(layer, block, projection, None, None, (), 1.0, one_stream)
     attention_writes, mlp_writes, scale = writers
     between = of_attention[: of_attention.index(attention_writes) + 1] if attention_writes else []
     return Layer(
@@ -165,7 +195,16 @@ def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran])
         mlp_writes,
         tuple(n for n in between if n not in (projection, block) and not _wraps(n, projection)),
         scale,
+        one_stream,
     )
+
+
+def _mixes_tokens(model: nn.Module, layer: str, name: str | None) -> bool:
+    """Whether a part of a layer has a convolution over tokens, so that it is no MLP."""
+    assert name is not None
+    part = name[len(layer) + 1 :].partition(".")[0]
+    mixer = model.get_submodule(f"{layer}.{part}")
+    return any(isinstance(module, nn.Conv1d) for module in mixer.modules())
 
 
 def _that_carry(inside: list[_Ran], projection: str | None) -> list[str]:
@@ -200,16 +239,19 @@ def _writers(
         *((a, None) for a in attention),
         *((None, m) for m in others),
     ]
+    rounding = 1e-3 if coarse else 1e-5
     for first, second in [*pairs, *singles]:
         total = torch.stack([run.made.double() for run in (first, second) if run]).sum(0)
-        scale = float((total * change).sum() / (total * total).sum().clamp_min(1e-300))
+        power = float(total.square().sum())
+        scale = float((total * change).sum()) / power if power else 1.0
         error = float((change - scale * total).norm())
-        if error <= tolerance and (best is None or error < 0.99 * best[0]):
+        if scale and error <= tolerance and (best is None or error < 0.99 * best[0]):
             names = (first.name if first else None, second.name if second else None)
-            best = (error, *names, _rounded(scale))
+            best = (error, *names, _rounded(scale, rounding))
     return best[1:] if best else None
 
 
-def _rounded(scale: float) -> float:
-    """The number a configuration would hold."""
-    return float(f"{scale:.4g}") if abs(float(f"{scale:.4g}") / scale - 1) < 1e-5 else scale
+def _rounded(scale: float, tolerance: float) -> float:
+    """The number a configuration would hold: the shortest that is as good."""
+    short = (float(f"{scale:.{digits}g}") for digits in range(1, 5))
+    return next((number for number in short if abs(number / scale - 1) < tolerance), scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from basinscope.models.activation_cache import ActivationCache
 from basinscope.models.extraction import ExtractionConfig, Extractor, extract
 from basinscope.models.restrictions import structure_of
 from basinscope.models.sites import find_sites
+from basinscope.models.stream import stream_of
 from tests.models.models_tiny import CONFIGS, VOCABULARY, tiny
+from tests.models.test_structure import GROUPED, hugging_face
 
 LENGTH = 7
 PARTS = ("resid_in", "resid_mid", "resid_out", "attn_in", "attn_out", "mlp_out", "head_out")
@@ -171,10 +174,117 @@ def test_activations_keep_the_models_dtype(dtype: torch.dtype) -> None:
     model = tiny("llama").to(dtype)
     cache = extract(model, ids(), config(*PARTS, "last_layernorm"))
     assert cache["resid_mid_1"].dtype == cache["head_out_1"].dtype == dtype
+    assert {layer.scale for layer in stream_of(model)} == {1.0}
     assert cache["last_layernorm_mean"].dtype == torch.promote_types(dtype, torch.float32)
     data = cache.to_dataset()
     assert data["resid_out_0"].dtype == (np.float32 if dtype == torch.bfloat16 else np.float64)
     assert np.array_equal(data["resid_out_0"], cache["resid_out_0"].to(torch.float64).numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_added_to_a_loud_stream_is_found_in_16_bits(dtype: torch.dtype) -> None:
+    """Trained models have numbers in their streams beside which a layer adds next to nothing."""
+    model = tiny("granite")
+    expected = stream_of(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(300)
+    assert stream_of(copy.deepcopy(model).to(dtype)) == expected
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_heads_behind_a_norm_in_double_precision(name: str) -> None:
+    """Their norms compute in float32 all the same."""
+    cache = extract(tiny(name).double(), ids(), config("head_out", "attn_out"))
+    torch.testing.assert_close(
+        cache["head_out_1"].sum(-2), cache["attn_out_1"], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_heads_behind_a_norm_that_subtracts_are_refused_in_16_bits_too() -> None:
+    model = tiny("gemma2")
+    for layer in model.get_submodule("model.layers"):
+        layer.post_attention_layernorm = nn.LayerNorm(16)
+        layer.post_attention_layernorm.bias.data.fill_(0.5)
+    with pytest.raises(ValueError, match="behind a LayerNorm that does more than scale"):
+        extract(model.to(torch.bfloat16), ids(), config("head_out"))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    model = tiny("gpt2")
+    plain = extract(model, ids(), config("resid_out", layers=[1], target_token_positions=[0, 2]))
+    for layers, positions in (
+        (np.array([1]), np.array([0, 2])),
+        ([np.int64(1)], [np.int64(0), torch.tensor(2)]),
+    ):
+        asked = config("resid_out", layers=layers, target_token_positions=positions)
+        cache = extract(model, ids().to(torch.uint8), asked)
+        assert json.loads(json.dumps(cache.metadata)) == plain.metadata
+        assert torch.equal(cache["resid_out_1"], plain["resid_out_1"])
+
+
+def test_a_layer_that_adds_nothing_is_no_reason_to_fail() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.self_attn.o_proj.weight").zero_()
+        model.get_parameter("model.layers.0.mlp.down_proj.weight").zero_()
+    cache = extract(model, ids(), config("resid_in", "resid_out", "attn_out"))
+    assert not cache["attn_out_0"].any()
+    assert torch.equal(cache["resid_in_0"], cache["resid_out_0"])
+
+
+def test_a_module_that_two_layers_share_is_not_read_for_one_of_them() -> None:
+    model = tiny("llama")
+    layers: Any = model.get_submodule("model.layers")
+    layers[1].self_attn = layers[0].self_attn
+    with pytest.raises(ValueError, match="attn_in_0 cannot be extracted: its module runs"):
+        extract(model, ids(), config("attn_in", "logits"))
+
+
+def test_what_is_no_attention_probability_is_not_called_one() -> None:
+    """Lightning attention returns its state, (head, d_head, d_head), where others return them."""
+    kinds = ["full_attention", "linear_attention"]
+    model = hugging_face(
+        "minimax",
+        {**GROUPED, "num_local_experts": 2, "layer_types": kinds, "block_size": 4},
+    )
+    tokens = ids()[:, :LENGTH] % 40
+    assert extract(model, tokens, config("attn_pattern", layers=[0]))["attn_pattern_0"].ndim == 4
+    for length in (5, 8):  # 8 is d_head
+        with pytest.raises(ValueError, match="no attention probabilities"):
+            extract(model, torch.ones(2, length, dtype=torch.int64), config("attn_pattern"))
+
+
+def test_several_streams_at_once_are_not_taken_for_one() -> None:
+    """Gemma 3n's have an axis before the examples."""
+    settings = {
+        **GROUPED,
+        "head_dim": 8,
+        "num_kv_shared_layers": 0,
+        "vocab_size_per_layer_input": 40,
+        "hidden_size_per_layer_input": 4,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    model = hugging_face("gemma3n_text", settings)
+    square = ids().repeat(3, 1)[:LENGTH] % 40
+    with pytest.raises(ValueError, match="hands several streams on at once"):
+        extract(model, square, config("resid_out"))
+    assert extract(model, square, config("queries"))["queries_1"].shape == (LENGTH, LENGTH, 4, 8)
+
+
+def test_queries_whose_heads_are_unknown_are_refused() -> None:
+    model = hugging_face("diffllama", GROUPED)
+    with pytest.raises(ValueError, match="queries_0 cannot be extracted: model"):
+        extract(model, ids() % 40, config("queries"))
+
+
+def test_a_mixer_of_tokens_is_no_mlp() -> None:
+    mamba = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1}
+    kinds = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]}
+    model = hugging_face("zamba2", {**GROUPED, **mamba, **kinds})
+    with pytest.raises(ValueError, match="mlp_out_0 cannot be extracted"):
+        extract(model, ids() % 40, config("mlp_out"))
 
 
 def test_what_is_kept_is_no_view_of_what_the_model_goes_on_with() -> None:
@@ -296,6 +406,11 @@ def test_a_cache_says_what_it_holds() -> None:
         (lambda m: extract(m, ids()[0], config("resid_out")), "shape .example, token."),
         (lambda m: extract(m, ids().float(), config("resid_out")), "must be integers"),
         (lambda m: extract(m, ids()[:0], config("resid_out")), "is empty"),
+        (lambda m: extract(m, ids() > 3, config("resid_out")), "must be integers"),
+        (lambda m: extract(m, ids().tolist(), config("resid_out")), "must be a torch.Tensor"),
+        (lambda m: extract(m, ids(), config("resid_out", layers=[])), "asks for nothing"),
+        (lambda m: extract(m, ids(), config("resid_out", layers=1)), "layers=1: 'all', or a list"),
+        (lambda m: extract(m, ids(), config("resid_out", layers=[True])), "or a list of numbers"),
     ],
 )
 def test_bad_input_is_refused(act: Callable[[nn.Module], Any], message: str) -> None:

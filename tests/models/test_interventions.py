@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +102,20 @@ def test_patching_the_whole_stream_makes_an_example_the_other() -> None:
     torch.testing.assert_close(by_heads["logits"], whole["logits"])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2"])
+def test_interventions_on_one_site_follow_one_another(name: str) -> None:
+    model, target = tiny(name), "mlp_out_0"
+    plain = extract(model, ids(), ALL)[target]
+    first = Intervention("zero", target, positions=[1])
+    then = Intervention("patch", target, positions=[1, 2], source=np.int64(0))
+    cache = extract(model, ids(), ALL, [first, then])
+    assert not cache[target][:, 1].any()
+    torch.testing.assert_close(cache[target][2, 2], plain[0, 2])
+    assert cache.metadata["interventions"][1]["source"] == 0
+    back = extract(model, ids(), ALL, [first, Intervention("patch", target, source=plain)])
+    torch.testing.assert_close(back[target], plain)
+
+
 def test_interventions_are_gone_afterwards_and_written_down() -> None:
     model = tiny("gpt2")
     plain = extract(model, ids(), ALL)
@@ -133,6 +148,8 @@ def test_interventions_are_gone_afterwards_and_written_down() -> None:
         (("patch", "resid_in_0"), "takes a source if, and only if"),
         (("zero", "resid_in_0", "all", 1), "takes a source if, and only if"),
         (("patch", "head_out_L0H0", "all", torch.ones(4)), "from another example of its batch"),
+        (("patch", "resid_in_0", "all", True), "give an example's number"),
+        (("patch", "resid_in_0", "all", np.ones(4)), "or a torch.Tensor"),
     ],
 )
 def test_interventions_that_make_no_sense_are_refused(arguments: Any, message: str) -> None:
