@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -180,6 +180,8 @@ def import_easyroutine(
 
 def _import_run(run: Path, base_dir: Path) -> Path:
     metadata = json.loads((run / "metadata.json").read_text())
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata.json holds a {type(metadata).__name__}, not fields")
     experiment = metadata.get("experiment_name") or run.parents[1].name
     if (base_dir / experiment).is_dir():
         known = ActivationLoader(base_dir, experiment).query(custom_keys={SOURCE: str(run)})
@@ -206,8 +208,8 @@ def _import_run(run: Path, base_dir: Path) -> Path:
 def _save_time(metadata: Mapping[str, Any], run: Path) -> datetime:
     try:
         return datetime.fromisoformat(metadata["save_time"])
-    except (KeyError, ValueError):
-        return datetime.fromtimestamp((run / "tensor.pt").stat().st_mtime)
+    except (KeyError, TypeError, ValueError):
+        return datetime.fromtimestamp((run / "tensor.pt").stat().st_mtime, UTC)
 
 
 class _OldObject:
@@ -256,6 +258,9 @@ def _load_weights(file: Path) -> Any:
             "installed, load it there with torch.load(..., weights_only=False), and save a plain "
             "dict of its tensors with torch.save in its place"
         ) from error
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or "it ends too early"
+        raise ValueError(f"{file.name} is damaged ({reason}): restore it from a copy") from error
 
 
 def _converted(cache: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -13,13 +13,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from basinscope.report.console import err, out, readable_errors, short_warnings
+from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
 
 if TYPE_CHECKING:
     from basinscope.io.activation_index import Run
     from basinscope.io.activations import QueryResult
 
 app = typer.Typer(help="Find, show and remove stored activations.", no_args_is_help=True)
+
+NUMBERS = {"ignore_unknown_options": True}  # so that -1 is a run, and no option
 
 Store = Annotated[
     Path, typer.Argument(help="A base directory of experiments, or one store or run.")
@@ -47,14 +49,14 @@ def list_runs(
             raise ValueError(f"{store} is one run: see it with basinscope activations show {store}")
         found = _query(store, experiment, model, tag)
         if as_json:
-            print(json.dumps([_described(run) for run in found]))
+            print_json([_described(run) for run in found])
         else:
             out.print(_table(found))
         for path, why in found.not_whole.items():
             err.print(f"[yellow]{escape(str(path))}[/]: {escape(why)}", soft_wrap=True)
 
 
-@app.command()
+@app.command(context_settings=NUMBERS)
 def show(
     store: Store,
     run: RunName = None,
@@ -85,7 +87,7 @@ def show(
         attributes = {str(name): value for name, value in tree.attrs.items()}
         if as_json:
             shown = {"path": str(path), "metadata": attributes, "arrays": arrays, "groups": groups}
-            print(json.dumps(shown))
+            print_json(shown)
             return
         out.print(f"[bold]{escape(str(path))}[/]", soft_wrap=True)
         if attributes.get("completed") != 1:
@@ -101,7 +103,7 @@ def show(
             out.print(f"with {', '.join(groups)}")
 
 
-@app.command()
+@app.command(context_settings=NUMBERS)
 def rm(
     store: Store,
     run: Annotated[str, typer.Argument(help="A run: its number in the list, or its time.")],
@@ -162,12 +164,15 @@ def _described(run: Run) -> dict[str, Any]:
 
 
 def _table(found: QueryResult) -> Table:
-    table = Table("", "experiment", "model", box=None)
+    table = Table(box=None)
+    table.add_column(no_wrap=True)
+    table.add_column("experiment")
+    table.add_column("model")
     table.add_column("time", no_wrap=True)
     table.add_column("tag")
     table.add_column("arrays", overflow="fold")
     for number, run in enumerate(found):
         of = _described(run)
-        words = [of[field] or "" for field in ("experiment", "model", "time", "tag", "arrays")]
-        table.add_row(str(number), *map(escape, words))
+        words = [of[field] for field in ("experiment", "model", "time", "tag", "arrays")]
+        table.add_row(str(number), *("" if word is None else escape(str(word)) for word in words))
     return table

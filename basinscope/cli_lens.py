@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from basinscope.report.console import out, readable_errors, short_warnings
+from basinscope.report.console import out, print_json, readable_errors, short_warnings
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -59,34 +58,42 @@ def lens(
     A store that carries its unembedding is read without torch and without its model.
     """
     with readable_errors(), short_warnings():
+        from basinscope.analysis.lens_inputs import model_name
         from basinscope.io.activation_store import open_activations
+        from basinscope.report.lens_figures import MAX_POSITIONS
         from basinscope.report.page import require_new
 
-        if html is not None:
-            require_new(html)
+        for file in filter(None, (png, html)):
+            require_new(file)
         dataset = open_activations(store, allow_incomplete=True).to_dataset()
         layers, chosen = _chosen(dataset, stream, layer, position, example)
+        if png is not None and chosen.sizes["position"] > MAX_POSITIONS:
+            raise ValueError(
+                f"--png draws at most {MAX_POSITIONS} positions, not {chosen.sizes['position']}: "
+                "choose some with --position"
+            )
         words = _words(dataset, tokenizer) if text or tokenizer else str
         reader = _reader(store, dataset, model)
         pattern = f"{stream}_{{i}}"
-        one = {"layer": layers, "example": 0}
-        found = reader.top_tokens(chosen, pattern, top).sel(one).compute()
+        tokens = reader.top_tokens(chosen, pattern, top).sel(layer=layers).compute()
         measured = None
         if measures or html:
-            measured = reader.measures(chosen, pattern).sel(one).compute()
+            measured = reader.measures(chosen, pattern).sel(layer=layers).compute()
         read = _read_tokens(chosen)
         if png is not None:
-            _draw(png, found, words, read, f"Logit lens of {reader.model_name or store.name}")
+            _draw(png, tokens, words, read, f"Logit lens of {reader.model_name or store.name}")
         if html is not None:
             facts = {
                 "store": store,
-                "model": _model_name(dataset) or "unknown",
+                "model": model_name(dataset) or "unknown",
                 "sequence": example,
                 "stream": stream,
             }
-            _write_page(html, facts, found, measured, words, read)
+            _write_page(html, facts, tokens, measured, words, read)
+        found = tokens.isel(example=0)
+        measured = None if measured is None else measured.isel(example=0)
         if as_json:
-            print(json.dumps(_figures(store, example, found, measured, read, words)))
+            print_json(_figures(store, example, found, measured, read, words))
             return
         heading = f"{store}, sequence {example}: top tokens of {stream} and their probabilities"
         out.print(escape(heading), soft_wrap=True)
@@ -116,7 +123,7 @@ def _chosen(
     places = _numbers("--position", position, range(positions))
     return (
         _numbers("--layer", layer, there),
-        dataset.isel(example=[example], position=places),
+        dataset.isel(example=[example], position=places).assign_coords(example=[example]),
     )
 
 
@@ -142,6 +149,7 @@ def _numbers(option: str, text: str, there: Sequence[int]) -> list[int]:
 
 def _reader(store: Path, dataset: xr.Dataset, model: str | None) -> LogitLens:
     """The lens of the store, or else of its model."""
+    from basinscope.analysis.lens_inputs import model_name
     from basinscope.io.activation_store import open_activations
     from basinscope.lens import LogitLens
 
@@ -150,19 +158,16 @@ def _reader(store: Path, dataset: xr.Dataset, model: str | None) -> LogitLens:
     if model is None:
         raise ValueError(
             f"{store} holds no unembedding: give its model with --model NAME (it says it is of "
-            f"{_model_name(dataset) or 'no model'})"
+            f"{model_name(dataset) or 'no model'})"
         )
     return LogitLens.from_model_name(model)
 
 
-def _model_name(dataset: xr.Dataset) -> str | None:
-    found: dict[str, Any] = dataset.attrs.get("model", {})
-    return found.get("name_or_path")
-
-
 def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
     """From a token id to its text."""
-    name = tokenizer or _model_name(dataset)
+    from basinscope.analysis.lens_inputs import model_name
+
+    name = tokenizer or model_name(dataset)
     if name is None:
         raise ValueError("the store does not name its model: give --tokenizer too")
     file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
@@ -198,7 +203,7 @@ def _draw(png: Path, found: xr.Dataset, words: Words, read: np.ndarray | None, t
     from basinscope.report.figures import DPI
     from basinscope.report.lens_figures import lens_heat_map
 
-    figure = lens_heat_map(found.expand_dims("example"), words=words, input_ids=read, title=title)
+    figure = lens_heat_map(found, words=words, input_ids=read, title=title)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=DPI)
 
@@ -216,8 +221,8 @@ def _write_page(
     assert measured is not None
     lens_page(
         html,
-        found.expand_dims("example", axis=1),
-        measured.expand_dims("example", axis=1),
+        found,
+        measured,
         facts,
         words=words,
         input_ids=None if read is None else read[None],
@@ -301,9 +306,9 @@ def _figures(
         "input_ids": None if read is None else read.tolist(),
         "tokens": tokens.tolist(),
         "words": _mapped(lambda token: words(token) if token >= 0 else None, tokens.tolist()),
-        "probabilities": _mapped(_finite, found["probability"].to_numpy().tolist()),
+        "probabilities": found["probability"].to_numpy().tolist(),
         "measures": {
-            str(name): _mapped(_finite, values.to_numpy().tolist())
+            str(name): values.to_numpy().tolist()
             for name, values in (measured.data_vars.items() if measured is not None else ())
         },
     }
@@ -313,7 +318,3 @@ def _mapped(change: Callable[[Any], Any], nested: Any) -> Any:
     if isinstance(nested, list):
         return [_mapped(change, inner) for inner in nested]
     return change(nested)
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

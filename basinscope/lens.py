@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from basinscope.analysis import logit_lens
+from basinscope.analysis.lens_inputs import model_name
 from basinscope.io.activation_store import open_activations
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class LogitLens(logit_lens.LogitLens):
                 f"{path} holds no unembedding: take the lens from its model, "
                 "LogitLens.from_model(model), or store activations with their unembedding"
             )
-        name = tree.attrs.get("model", {}).get("name_or_path") or None
-        return cls(tree.children["unembedding"].to_dataset(inherit=False), model_name=name)
+        unembedding = tree.children["unembedding"].to_dataset(inherit=False)
+        return cls(unembedding, model_name=model_name(tree.to_dataset()))
 
     @classmethod
     def from_tuned_lens(cls, path: str | os.PathLike[str], model: nn.Module) -> LogitLens:

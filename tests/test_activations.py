@@ -247,6 +247,28 @@ def test_what_cannot_be_imported_says_why(tmp_path: Path) -> None:
     (run / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="could not be imported"):
         import_easyroutine(tmp_path / "old", tmp_path / "new")
+    (run / "metadata.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"metadata\.json holds a list, not fields"):
+        import_easyroutine(tmp_path / "old", tmp_path / "new")
+
+
+@pytest.mark.parametrize("left", [0, 300])
+def test_a_damaged_run_is_named_and_the_others_imported(left: int, tmp_path: Path) -> None:
+    bad = write_old(tmp_path / "old" / "a", {"x": torch.ones(2)})
+    write_old(tmp_path / "old" / "b", {"x": torch.ones(2)})
+    (bad / "tensor.pt").write_bytes((bad / "tensor.pt").read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"tensor\.pt is damaged .*: restore it") as caught:
+        import_easyroutine(tmp_path / "old", tmp_path / "new")
+    assert str(bad) in str(caught.value)
+    assert len(ActivationLoader(tmp_path / "new", "paper").query()) == 1
+
+
+@pytest.mark.parametrize("time", [None, 12.5, "yesterday"])
+def test_without_a_time_a_run_has_that_of_its_file(time: Any, tmp_path: Path) -> None:
+    run = write_old(tmp_path / "old" / "a", {"x": torch.ones(2)}, save_time=time)
+    os.utime(run / "tensor.pt", (1_700_000_000, 1_700_000_000))
+    (path,) = import_easyroutine(tmp_path / "old", tmp_path / "new")
+    assert path.name == "2023-11-14_22_13_20_000000"
 
 
 def test_public_names_are_there() -> None:

@@ -17,6 +17,8 @@ from typer.testing import CliRunner, Result
 
 from basinscope import cli_lens
 from basinscope.extraction import extract_dataset
+from basinscope.io.activation_store import open_activations
+from basinscope.io.activations import ActivationSaver
 from basinscope.lens import LogitLens
 from basinscope.models.extraction import ExtractionConfig
 from tests.models.models_lens import VOCABULARY, built, some_ids
@@ -112,6 +114,16 @@ def test_measures_and_the_picture(folder: Path, tmp_path: Path) -> None:
         assert f"{value:.3f}" in shown.output
 
 
+def test_a_picture_of_too_many_positions_is_refused_before_it_is_made(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("basinscope.report.lens_figures.MAX_POSITIONS", 4)
+    monkeypatch.setattr(LogitLens, "top_tokens", pytest.fail)
+    shown = invoke(folder / "full.zarr", "--png", tmp_path / "lens.png")
+    assert shown.exit_code == 2
+    assert "at most 4 positions, not 9: choose some with --position" in shown.output
+
+
 def test_many_layers_take_several_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_lens, "TOKEN_CELLS", 30)
     shown = invoke(folder / "full.zarr")
@@ -168,4 +180,27 @@ def test_a_page_is_written(folder: Path, tmp_path: Path) -> None:
     assert f"written to {page}" in "".join(done.output.split("\n"))
     assert "Means over the positions" not in done.output
     assert page.read_text().count("<img") == 6
-    assert invoke(folder / "full.zarr", "--html", page).exit_code == 2
+    for option in ("--html", "--png"):
+        refused = invoke(folder / "full.zarr", option, page)
+        assert refused.exit_code == 2
+        assert "exists and is left as it is" in " ".join(refused.output.split())
+    assert page.read_text().count("<img") == 6
+
+
+def test_a_page_names_the_sequence_that_was_asked_for(folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "lens.html"
+    done = invoke(folder / "full.zarr", "--example", 2, "--layer", 0, "--html", page)
+    assert done.exit_code == 0, done.output
+    assert "<h2>Sequence 2</h2>" in page.read_text()
+    assert "Sequence 0" not in page.read_text()
+
+
+def test_examples_may_have_names(folder: Path, tmp_path: Path) -> None:
+    store = tmp_path / "runs"
+    tree = open_activations(folder / "full.zarr")
+    tree.dataset = tree.to_dataset().assign_coords(example=[70, 80, 90])
+    run = ActivationSaver(store).save(tree, "tiny", "all", [], {})
+    shown = invoke(run, "--example", 1, "--measures", "--json")
+    assert shown.exit_code == 0, shown.output
+    expected_figures = invoke(folder / "full.zarr", "--example", 1, "--measures", "--json")
+    assert json.loads(shown.stdout)["tokens"] == json.loads(expected_figures.stdout)["tokens"]

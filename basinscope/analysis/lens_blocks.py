@@ -10,6 +10,12 @@ import numpy.typing as npt
 
 ROWS = 256  # of the stream, multiplied with a panel at once
 PANEL = 8192  # tokens of the vocabulary; 256 x 8192 logits are 8 MiB
+MEASURES = {
+    "entropy": ("entropy of the prediction", "nats"),
+    "kl_to_final": ("KL divergence of the layer's prediction from the last one's", "nats"),
+    "cross_entropy": ("cross-entropy of the next token", "nats"),
+    "rank": ("number of tokens with a larger logit than the next one", "1"),
+}
 
 Array = npt.NDArray[Any]
 Scores = Callable[[Array, slice], Array]  # rows (row, d_model), tokens -> logits (row, token)

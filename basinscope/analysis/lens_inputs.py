@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from basinscope.io.activation_sources import DIMS
 from basinscope.io.activation_store import open_activations as open_store
 
 STREAMS = re.compile(r"resid_(in|mid|out)_\d+|embed")
 SHARES = re.compile(r"(attn_out|mlp_out)_\d+|head_out_(\d+|L\d+H\d+)")
+OTHERS = re.compile(r"last_layernorm_(mean|variance|second_moment)|input_ids|logits")
 WIDTH = "d_model"
 
 
@@ -24,9 +26,9 @@ def open_activations(activations: Any) -> xr.Dataset:
     Parameters
     ----------
     activations : ActivationCache, xr.Dataset, xr.DataTree, path or mapping
-        A mapping holds arrays (example, position, d_model), ``head_out_{i}`` (example, position,
-        head, d_model), ``last_layernorm_...`` (example, position) and ``input_ids`` (example,
-        token); others in it are left aside.
+        A mapping holds arrays or tensors (example, position, d_model), ``head_out_{i}`` (example,
+        position, head, d_model), ``last_layernorm_...`` (example, position) and ``input_ids``
+        (example, token); others in it are left aside.
 
     Raises
     ------
@@ -51,24 +53,30 @@ def open_activations(activations: Any) -> xr.Dataset:
 
 
 def _known(name: str) -> bool:
-    other = name.startswith("last_layernorm_") or name in ("input_ids", "logits")
-    return other or bool(STREAMS.fullmatch(name) or SHARES.fullmatch(name))
+    return any(expression.fullmatch(name) for expression in (STREAMS, SHARES, OTHERS))
 
 
 def _array(name: str, values: Any) -> tuple[tuple[str, ...], Any]:
-    if name == "input_ids":
-        dims: tuple[str, ...] = ("example", "token")
-    elif name.startswith("last_layernorm_"):
-        dims = ("example", "position")
-    elif name == "logits":
-        dims = ("example", "position", "vocab")
-    elif re.fullmatch(r"head_out_\d+", name):
-        dims = ("example", "position", "head", WIDTH)
-    else:
-        dims = ("example", "position", WIDTH)
+    dims = next(dims for pattern, dims in DIMS.items() if re.fullmatch(pattern, name))
     if np.ndim(values) != len(dims):
-        raise ValueError(f"{name} has shape {np.shape(values)}; its axes must be {dims}")
+        raise ValueError(f"{name} has shape {tuple(np.shape(values))}; its axes must be {dims}")
+    if hasattr(values, "detach"):  # a tensor, maybe bfloat16, which NumPy has not
+        values = values.detach().cpu()
+        values = (values.float() if values.is_floating_point() else values).numpy()
     return dims, values
+
+
+def described_model(dataset: xr.Dataset) -> Mapping[str, Any]:
+    """What activations say about their model; nothing if they do not, or in other words."""
+    found = dataset.attrs.get("model")
+    return found if isinstance(found, Mapping) else {}
+
+
+def model_name(dataset: xr.Dataset) -> str | None:
+    """The name that activations carry of their model; its class is none."""
+    model = described_model(dataset)
+    name: str | None = model.get("name_or_path") or None
+    return None if name == model.get("class") else name
 
 
 def matching_keys(dataset: xr.Dataset, pattern: str) -> list[str]:

@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import xarray as xr
-from dask.utils import SerializableLock
 
-from basinscope.analysis import lens_blocks
-from basinscope.analysis.lens_blocks import normalized, row_parts, softmax
+from basinscope.analysis.lens_blocks import MEASURES
 from basinscope.analysis.lens_inputs import (
     SHARES,
     STREAMS,
     WIDTH,
     activation,
+    described_model,
     matching_keys,
+    model_name,
     next_tokens,
     numbers_in,
     open_activations,
 )
+from basinscope.analysis.lens_projection import (
+    Array,
+    How,
+    Projection,
+    Translators,
+    UnembeddingLike,
+)
 
 BLOCK_BYTES = 2**26  # about the most that one task of a lazy result holds of logits
-MEASURES = {
-    "entropy": ("entropy of the prediction", "nats"),
-    "kl_to_final": ("KL divergence of the layer's prediction from the last one's", "nats"),
-    "cross_entropy": ("cross-entropy of the next token", "nats"),
-    "rank": ("number of tokens with a larger logit than the next one", "1"),
-}
-Array = npt.NDArray[Any]
-Translators = Mapping[int, tuple[Array, Array]]
 
 
-class UnembeddingLike(Protocol):
-    """What :class:`basinscope.models.unembedding.Unembedding` has; `weight` is indexed by rows."""
-
-    @property
-    def weight(self) -> Any: ...
-    @property
-    def bias(self) -> Any: ...
-    @property
-    def norm(self) -> str: ...
-    @property
-    def norm_weight(self) -> Any: ...
-    @property
-    def norm_bias(self) -> Any: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def softcap(self) -> float | None: ...
-    @property
-    def scale(self) -> float: ...
-
-
-class LogitLens:
+class LogitLens(Projection):
     """Projects activations through a model's final norm and unembedding.
 
     A residual stream is read as if it were the last one: normalised by its own statistics, with
@@ -99,54 +75,13 @@ class LogitLens:
         model_name: str | None = None,
         translators: Translators | None = None,
     ) -> None:
-        if isinstance(unembedding, xr.Dataset):
-            unembedding = _Stored(unembedding)
-        self.weight = unembedding.weight
-        self.bias = _vector(unembedding.bias)
-        self.norm = unembedding.norm
-        self.norm_weight = _vector(unembedding.norm_weight)
-        self.norm_bias = _vector(unembedding.norm_bias)
-        self.eps, self.scale = float(unembedding.eps), float(unembedding.scale)
-        self.softcap = unembedding.softcap
+        super().__init__(unembedding, translators)
         self.model_name = model_name
-        self.translators = dict(translators or {})
-        for layer, (matrix, offset) in self.translators.items():
-            if matrix.shape != (self.d_model, self.d_model) or offset.shape != (self.d_model,):
-                raise ValueError(
-                    f"the translator of layer {layer} has shapes {matrix.shape} and {offset.shape}"
-                    f"; the unembedding is {self.d_model} wide"
-                )
-        self._matrix: Array | None = None
-        self._lock = SerializableLock()
-        self._token = uuid.uuid4().hex
 
     def __repr__(self) -> str:
         tuned = f", tuned for {len(self.translators)} layers" if self.translators else ""
         name = self.model_name or "a model"
         return f"LogitLens({name}: {self.vocab_size} tokens, {self.d_model} wide{tuned})"
-
-    def __dask_tokenize__(self) -> str:
-        return self._token  # hashing the weights would read them
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens that have logits."""
-        return int(self.weight.shape[0])
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return int(self.weight.shape[1])
-
-    @property
-    def constant(self) -> Array:
-        """What belongs to no activation: scale (W norm_bias + bias), (vocab,), float32."""
-        found = np.zeros(self.vocab_size, np.float32)
-        if self.norm_bias is not None:
-            found += self._all_rows() @ self.norm_bias
-        if self.bias is not None:
-            found += self.bias
-        return found * np.float32(self.scale)
 
     def compute(
         self,
@@ -345,7 +280,7 @@ class LogitLens:
 
     def _opened(self, activations: Any) -> xr.Dataset:
         dataset = open_activations(activations)
-        name = _model_name(dataset)
+        name = model_name(dataset)
         if self.model_name and name and _last_part(name) != _last_part(self.model_name):
             raise ValueError(
                 f"the activations are of {name!r}, and the lens is of {self.model_name!r}: take "
@@ -392,9 +327,7 @@ class LogitLens:
                 )
             square = dataset[name]
         whole = own and stream
-        return _Reading(
-            key, array, square, _How(whole, apply_norm, self._translator_of(key, whole))
-        )
+        return _Reading(key, array, square, How(whole, apply_norm, self._translator_of(key, whole)))
 
     def _translator_of(self, key: str, whole: bool) -> int | None:
         """Number of the translator for a key; None if it needs none."""
@@ -442,7 +375,9 @@ class LogitLens:
         )
         if metric == "logit_diff":
             return _described(found, reading, "logit differences")
-        return _described((found > 0).mean("example"), reading, "share of examples")
+        return _described(
+            (found > 0).mean("example").astype(np.float32), reading, "share of examples"
+        )
 
     def _directions(self, given: Any, examples: int, metric: str) -> Array:
         """Give (example, 2) token ids; the second is -1 where one token was given."""
@@ -482,171 +417,6 @@ class LogitLens:
             raise ValueError(f"targets have shape {found.shape}; (example, position) are {wanted}")
         return xr.DataArray(found.astype(np.int64), dims=("example", "position"))
 
-    def _logits_block(
-        self, x: Array, square: Array | None = None, *, how: _How, apply_softmax: bool
-    ) -> Array:
-        rows = self._features(x, square, how)
-        logits = self._scores(rows.reshape(-1, self.d_model), slice(None), whole=how.whole)
-        return (softmax(logits) if apply_softmax else logits).reshape(*x.shape[:-1], -1)
-
-    def _directed_block(
-        self,
-        x: Array,
-        first: Array,
-        second: Array,
-        square: Array | None = None,
-        *,
-        how: _How,
-        capped: bool,
-    ) -> Array:
-        rows = self._features(x, square, how)
-        logits = partial(self._token_logits, rows, whole=how.whole, capped=capped and how.whole)
-        found: Array = logits(first)
-        if (second >= 0).any():
-            found -= np.where(second >= 0, logits(second), np.float32(0))
-        return found
-
-    def _top_block(
-        self, x: Array, square: Array | None = None, *, how: _How, k: int
-    ) -> tuple[Array, Array, Array]:
-        rows = self._features(x, square, how).reshape(-1, self.d_model)
-        good = np.isfinite(rows).all(1)
-        rows[~good] = 0
-        shape = (len(rows), k)
-        tokens = np.empty(shape, np.int64)
-        logits, probabilities = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        scores = partial(self._scores, whole=how.whole)
-        for part in row_parts(len(rows)):
-            tokens[part], logits[part], probabilities[part] = lens_blocks.top_tokens(
-                rows[part], scores, self.vocab_size, k
-            )
-        tokens[~good], logits[~good], probabilities[~good] = -1, np.nan, np.nan
-        outer = x.shape[:-1]
-        return (
-            tokens.reshape(*outer, k),
-            logits.reshape(*outer, k),
-            probabilities.reshape(*outer, k),
-        )
-
-    def _measured_block(self, *inputs: Array, hows: Sequence[_How], final: int | None) -> Array:
-        *streams, targets = inputs
-        if targets.size and targets.max() >= self.vocab_size:
-            raise ValueError(
-                f"a token that follows has id {targets.max()}, outside the vocabulary of "
-                f"{self.vocab_size}"
-            )
-        outer = streams[0].shape[:-1]
-        layers = [
-            self._features(x, None, how).reshape(-1, self.d_model)
-            for x, how in zip(streams, hows, strict=True)
-        ]
-        flat = np.broadcast_to(targets, outer).reshape(-1)
-        good = np.isfinite(layers).all((0, 2))
-        for rows in layers:
-            rows[~good] = 0
-        found = np.empty((len(MEASURES), len(flat), len(layers)))
-        scores = partial(self._scores, whole=True)
-        for part in row_parts(len(flat)):
-            cut = [rows[part] for rows in layers]
-            followed = [
-                self._token_logits(rows, flat[part], whole=True, capped=True) for rows in cut
-            ]
-            found[:, part] = lens_blocks.measures(
-                cut, scores, self.vocab_size, final, flat[part], followed
-            )
-        found[:, ~good] = np.nan
-        return found.swapaxes(0, 1).reshape(*outer, len(MEASURES), len(layers))
-
-    def _features(self, x: Array, square: Array | None, how: _How) -> Array:
-        """What the unembedding multiplies, float32, as wide as `x`; a copy."""
-        x = np.array(x, np.float32)
-        if how.layer is not None:
-            matrix, offset = self.translators[how.layer]
-            x += x @ matrix.T + offset
-        if how.apply_norm:
-            x = normalized(x, self.norm, self.eps, self.norm_weight, square)
-            if how.whole and self.norm_bias is not None:
-                x += self.norm_bias
-        return x
-
-    def _scores(self, rows: Array, tokens: slice, *, whole: bool) -> Array:
-        """Logits (row, token) of a panel of the vocabulary."""
-        logits: Array = rows @ self._all_rows()[tokens].T
-        return self._finished(logits, self._bias_of(tokens, whole), whole)
-
-    def _token_logits(self, rows: Array, tokens: Array, *, whole: bool, capped: bool) -> Array:
-        """Logits (...) of one token for each row (..., d_model); those of -1 mean nothing."""
-        tokens = np.maximum(tokens, 0)
-        unique, places = np.unique(tokens, return_inverse=True)
-        wanted = self._rows(unique)[places.reshape(tokens.shape)]
-        logits = np.einsum("...d,...d->...", rows, wanted)
-        bias = self._bias_of(tokens, whole)
-        return self._finished(logits, bias, capped)
-
-    def _bias_of(self, tokens: slice | Array, whole: bool) -> Array | None:
-        return self.bias[tokens] if whole and self.bias is not None else None
-
-    def _finished(self, logits: Array, bias: Array | None, capped: bool) -> Array:
-        if bias is not None:
-            logits += bias
-        if self.scale != 1:
-            logits *= np.float32(self.scale)
-        if capped and self.softcap is not None:
-            cap = np.float32(self.softcap)
-            logits /= cap
-            np.tanh(logits, out=logits)
-            logits *= cap
-        return logits
-
-    def _all_rows(self) -> Array:
-        """The weight, read once where it is on disk."""
-        with self._lock:
-            if self._matrix is None:
-                self._matrix = np.asarray(self.weight, np.float32)
-        return self._matrix
-
-    def _rows(self, tokens: Array) -> Array:
-        source = self.weight if self._matrix is None else self._matrix
-        return np.asarray(source[tokens], np.float32)
-
-
-class _Stored:
-    """The group ``unembedding`` of a store; its weight is not read yet."""
-
-    def __init__(self, group: xr.Dataset) -> None:
-        missing = {"norm", "eps"} - group.attrs.keys()
-        if "weight" not in group or missing:
-            raise ValueError(
-                f"the group has arrays {', '.join(map(str, group.data_vars)) or 'none'} and "
-                f"attributes {', '.join(map(str, group.attrs)) or 'none'}: it is no stored "
-                "unembedding"
-            )
-        self.weight: Any = group["weight"].variable
-        self.bias, self.norm_weight, self.norm_bias = (
-            group[name].to_numpy() if name in group else None
-            for name in ("bias", "norm_weight", "norm_bias")
-        )
-        self.norm, self.eps = str(group.attrs["norm"]), float(group.attrs["eps"])
-        self.softcap, self.scale = group.attrs.get("softcap"), float(group.attrs.get("scale", 1))
-
-
-@dataclass(frozen=True)
-class _How:
-    """How an activation is read.
-
-    Attributes
-    ----------
-    whole : bool
-        As a stream that is the last, with biases and soft cap; else as a share.
-    apply_norm : bool
-    layer : int or None
-        Whose translator comes first.
-    """
-
-    whole: bool
-    apply_norm: bool
-    layer: int | None
-
 
 @dataclass(frozen=True)
 class _Reading:
@@ -662,7 +432,7 @@ class _Reading:
     key: str
     array: xr.DataArray
     square: xr.DataArray | None
-    how: _How
+    how: How
 
     def inputs(self, row_bytes: int) -> tuple[xr.DataArray, list[xr.DataArray]]:
         """Give the arrays, in blocks that make not too much of so many bytes a row."""
@@ -677,27 +447,16 @@ def _in_blocks(array: xr.DataArray, row_bytes: int) -> xr.DataArray:
     per_position = array.sizes.get("head", 1)
     per_example = array.sizes["position"] * per_position
     stored = max(array.chunksizes["example"])
-    pieces = -(-stored // max(1, rows // max(1, per_example)))
+    pieces = max(1, -(-stored // max(1, rows // max(1, per_example))))
     chunks = {"example": -(-stored // pieces), WIDTH: -1}
     if per_example > rows:
         chunks["position"] = max(1, rows // per_position)
     return array.chunk(chunks)
 
 
-def _model_name(dataset: xr.Dataset) -> str | None:
-    """The name that activations carry of their model; its class is none."""
-    model = dataset.attrs.get("model", {})
-    name: str | None = model.get("name_or_path")
-    return None if name == model.get("class") else name
-
-
 def _last_part(name: str) -> str:
     """The name of a model without where it is kept."""
     return name.rstrip("/").rpartition("/")[2]
-
-
-def _vector(values: Any) -> Array | None:
-    return None if values is None else np.asarray(values, np.float32)
 
 
 def _described(found: xr.DataArray, reading: _Reading, what: str) -> xr.DataArray:
@@ -717,7 +476,7 @@ def _stacked(parts: Sequence[xr.Dataset], keys: Sequence[str]) -> xr.Dataset:
 def _last_stream(dataset: xr.Dataset) -> str | None:
     """Name the stream behind the last layer; None, with a warning, if it is not there."""
     there = [n for n in map(str, dataset.data_vars) if n.startswith("resid_out_")]
-    count = dataset.attrs.get("model", {}).get("num_layers")
+    count = described_model(dataset).get("num_layers")
     last = max(there, key=numbers_in, default=None) if count is None else f"resid_out_{count - 1}"
     if last in there:
         return last

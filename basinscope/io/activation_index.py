@@ -65,7 +65,10 @@ def runs_of(experiment: Path) -> tuple[list[Run], dict[Path, str]]:
                     broken[path] = _why_partial(path)
                 continue
             line = noted.get((model.name, entry.name))
-            changed = entry.stat().st_mtime_ns
+            try:
+                changed = entry.stat().st_mtime_ns
+            except FileNotFoundError:  # removed or renamed meanwhile
+                continue
             if line is None or line["changed"] != changed:
                 try:
                     line = _line(path, changed, _read_metadata(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 from basinscope.io.activation_index import PARTIAL, REMOVED, locked
 
 ALL = "*"  # experiments, for a query
+LONGEST = 255  # bytes, of a directory's name
 TIME_FOLDER = "%Y-%m-%d_%H_%M_%S_%f"
 
 
@@ -137,12 +138,19 @@ def require_experiment_name(name: str) -> str:
 
 
 def directory_of_model(name: str) -> str:
-    """Name the directory of a model.
+    """Name the directory of a model: the end of its name, as far as a directory's may be long.
+
+    Raises
+    ------
+    ValueError
+        If the name is empty.
 
     Examples
     --------
     >>> directory_of_model("EleutherAI/pythia-70m"), directory_of_model("./mine")
     ('EleutherAI_pythia-70m', '__mine')
     """
-    directory = name.replace("/", "_")
+    if not name:
+        raise ValueError("the model's name is empty: give one")
+    directory = os.fsencode(name.replace("/", "_"))[-LONGEST:].decode(errors="ignore")
     return f"_{directory[1:]}" if directory.startswith(".") else directory

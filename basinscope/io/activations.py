@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from basinscope.io.activation_index import PARTIAL, STORE, Run, note_run, runs_of
 from basinscope.io.activation_metadata import (
+    Filter,
     field_filter,
     in_utc,
     model_filter,
@@ -284,7 +285,8 @@ class ActivationLoader:
             format, names of runs' directories, or datetimes; those without a zone are UTC.
         custom_keys : mapping
             Names of other fields, such as those of ``other_metadata``, with a filter for each. A
-            function is not asked about a run that lacks the field.
+            function is not asked about a run that lacks the field; here, None asks for runs where
+            the field is None or missing.
 
         Returns
         -------
@@ -313,7 +315,7 @@ class ActivationLoader:
         not_whole: dict[Path, str] = {}
         for experiment in self._experiments(experiment_name):
             found, broken = runs_of(experiment)
-            runs += [run for run in found if all(fits(run) for fits in filters)]
+            runs += [run for run in found if _fits(run, filters)]
             not_whole |= broken
         return self.results(sorted(runs, key=lambda run: (run.time, run.path)), not_whole)
 
@@ -462,7 +464,15 @@ class QueryResult(Sequence[Run]):
     def path_of(self, identifier: int | str) -> Path:
         """Find the directory of a run as :meth:`find` does, or of one that is not whole."""
         not_whole = [path for path in self.not_whole if time_of(path) == identifier]
-        return not_whole[0] if len(not_whole) == 1 else self.find(identifier).path
+        if not not_whole:
+            return self.find(identifier).path
+        found = [*not_whole, *(run.path for run in self._runs if run.time == identifier)]
+        if len(found) > 1:
+            raise ValueError(
+                f"{len(found)} directories are of {identifier}, not all of them whole: "
+                f"{', '.join(map(str, found))}. Give the number of a whole run"
+            )
+        return found[0]
 
     def find(self, identifier: int | str) -> Run:
         """Find a run by its number or its time.
@@ -514,6 +524,14 @@ def in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
         f"{name} x{count} {shape}" if count > 1 else f"{name} {shape}"
         for (name, shape), count in counts.items()
     )
+
+
+def _fits(run: Run, filters: Sequence[Filter]) -> bool:
+    try:
+        return all(fits(run) for fits in filters)
+    except Exception as error:
+        error.add_note(f"a filter of the query raised this, for {run.path}")
+        raise
 
 
 def _base_dir_from_env() -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -42,3 +44,8 @@ def short_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON that every reader takes: what is no finite number is null."""
+    print(json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None)))

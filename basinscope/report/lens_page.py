@@ -49,7 +49,7 @@ def lens_page(
     """
     choices = [name for name in COLOURS if name in OF_TOKENS or name in measures]
     sections = []
-    for example in range(top.sizes["example"]):
+    for example, name in enumerate(_names(top)):
         parts = []
         for choice in choices:
             rows = []
@@ -64,7 +64,15 @@ def lens_page(
                     input_ids=None if input_ids is None else input_ids[example][part["position"]],
                     title="",
                 )
-                rows.append(image(figure, f"{choice} of sequence {example}, from {start}"))
+                rows.append(image(figure, f"{choice} of sequence {name}, from {start}"))
             parts.append(f'<div class="of {choice}">{"".join(rows)}</div>')
-        sections.append(section(f"Sequence {example}", "\n".join(parts)))
+        sections.append(section(f"Sequence {name}", "\n".join(parts)))
     return write_page(path, "Logit lens", facts, sections, ("colour", choices))
+
+
+def _names(top: xr.Dataset) -> list[object]:
+    """What to call the examples."""
+    if "example" in top.coords:
+        found: list[object] = top["example"].to_numpy().tolist()
+        return found
+    return list(range(top.sizes["example"]))

@@ -627,6 +627,37 @@ def test_what_does_not_belong_together() -> None:
     named.compute(dataset, "resid_out_0")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_in_a_dict(dtype: torch.dtype) -> None:
+    _, cache, lens = of("gpt2")
+    kept = {name: cache[name] for name in ("resid_out_0", "resid_out_1", "input_ids")}
+    given = {n: v.to(dtype).requires_grad_() if n != "input_ids" else v for n, v in kept.items()}
+    rounded = {name: values.detach() for name, values in given.items()}
+    expected = {n: v.float().numpy() if n != "input_ids" else v.numpy() for n, v in rounded.items()}
+    xr.testing.assert_identical(
+        lens.compute(given, "resid_out_{i}"), lens.compute(expected, "resid_out_{i}")
+    )
+    xr.testing.assert_identical(lens.measures(given), lens.measures(expected))
+
+
+def test_no_examples_give_no_logits() -> None:
+    _, cache, lens = of("gpt2")
+    nothing = cache.to_dataset().isel(example=slice(0)).chunk()
+    logits = lens.compute(nothing, "resid_out_0").compute()["logit_lens_resid_out_0"]
+    assert logits.shape == (0, POSITIONS, VOCABULARY)
+    directed = lens.compute(nothing, "head_out_L0H1", token_directions=[]).compute()
+    assert directed["logit_lens_head_out_L0H1"].shape == (0, POSITIONS)
+    assert lens.top_tokens(nothing, "resid_out_0", 2).compute()["token"].shape[1] == 0
+    assert lens.measures(nothing).compute()["entropy"].shape[1] == 0
+
+
+def test_a_model_in_other_words_is_compared_with_nothing() -> None:
+    _, cache, _ = of("gpt2")
+    lens = LogitLens(find_unembedding(built("gpt2")), model_name="gpt2")
+    dataset = cache.to_dataset().assign_attrs(model="the small one")
+    assert lens.compute(dataset, "resid_out_0").sizes["vocab"] == VOCABULARY
+
+
 def test_other_things_than_activations(tmp_path: Path) -> None:
     _, cache, lens = of("gpt2")
     with pytest.raises(TypeError, match="activations are a list: give an ActivationCache"):

@@ -25,6 +25,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from basinscope.cli_activations import app
+from basinscope.io import activation_index
 from basinscope.io.activation_index import INDEX
 from basinscope.io.activation_layout import write_activations
 from basinscope.io.activation_sources import sources_of
@@ -274,6 +275,23 @@ def test_filters_are_values_or_functions(tmp_path: Path) -> None:
     assert numbers(tmp_path, tag="a", model_name="org/tiny", custom_keys={"lr": 0.1}) == [0]
 
 
+def test_names_of_models_are_directories(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model's name is empty"):
+        save(tmp_path, model="")
+    assert not list(tmp_path.rglob("*.zarr"))
+    long = "/home/someone" * 40 + "/größe"
+    path = save(tmp_path, 3, model=long)
+    assert path.parent.name.endswith("_größe")
+    assert numbers(tmp_path, model_name=long) == [3]
+
+
+def test_a_filter_that_raises_says_for_which_run(tmp_path: Path) -> None:
+    path = save(tmp_path, 0, other_metadata={"seed": None})
+    with pytest.raises(TypeError) as caught:
+        loader(tmp_path).query(custom_keys={"seed": lambda seed: seed < 5})
+    assert str(path) in caught.value.__notes__[0]
+
+
 def test_times_are_utc_and_may_be_ranges(tmp_path: Path) -> None:
     noon = datetime(2025, 1, 31, 12, tzinfo=UTC)
     for number in range(4):
@@ -369,6 +387,22 @@ def test_runs_of_one_time_need_a_number(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"2 runs are of .*: give the number of one, 0, 1"):
         found.load(found[0].time)
     assert found.load(1)[1]["model_name"] == "other"
+
+
+def test_a_time_that_a_damaged_run_shares_removes_neither(tmp_path: Path) -> None:
+    moment = datetime(2025, 1, 2, tzinfo=UTC)
+    paths = [save(tmp_path, n, model=f"m{n}", save_time=moment) for n in range(2)]
+    (paths[0] / "activations.zarr" / "zarr.json").write_text("{")
+    os.utime(paths[0])  # the index noted it while it was whole
+    found = loader(tmp_path).query()
+    assert list(found.not_whole) == paths[:1]
+    with pytest.raises(ValueError, match="2 directories are of 2025-01-02"):
+        found.remove(paths[0].name)
+    assert all(path.exists() for path in paths)
+    found.remove(0)
+    assert [path.exists() for path in paths] == [True, False]
+    found.remove(paths[0].name)
+    assert not paths[0].exists()
 
 
 def test_removing_deletes_one_run_and_nothing_else(tmp_path: Path) -> None:
@@ -673,6 +707,22 @@ def test_a_query_reads_no_run_that_the_index_knows(tmp_path: Path) -> None:
     assert "zarr.json is damaged" in found.not_whole[path]
 
 
+def test_a_run_that_goes_while_a_query_looks_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, _ = save(tmp_path, 0), save(tmp_path, 1)
+    listed = activation_index._directories
+
+    def slow(path: Path, hidden: bool = False) -> Any:
+        entries = list(listed(path, hidden))
+        if hidden and gone.exists():
+            shutil.rmtree(gone)
+        return entries
+
+    monkeypatch.setattr(activation_index, "_directories", slow)
+    assert numbers(tmp_path) == [1]
+
+
 def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     path = save(tmp_path, 0)
     (tmp_path / "notes.txt").write_text("mine")
@@ -764,6 +814,29 @@ def test_the_command_line_lists_shows_and_removes(
     assert command("rm", tmp_path, 1, "--yes").exit_code == 0
     assert CliRunner().invoke(app, ["rm", str(tmp_path), "0"], input="y\n").exit_code == 0
     assert [path.exists() for path in paths] == [False, False, True]
+
+
+def test_runs_may_be_counted_from_the_latest(tmp_path: Path) -> None:
+    paths = [save(tmp_path, 0), save(tmp_path, 1)]
+    assert json.loads(command("show", tmp_path, -1, "--json").output)["path"] == str(paths[1])
+    assert command("rm", tmp_path, -1, "--yes").exit_code == 0
+    assert [path.exists() for path in paths] == [True, False]
+
+
+def test_json_has_no_numbers_that_json_has_not(tmp_path: Path) -> None:
+    save(tmp_path, tag="NaN", other_metadata={"loss": float("nan"), "most": [float("inf"), 1.5]})
+    shown = json.loads(command("show", tmp_path, "--json").output, parse_constant=pytest.fail)
+    found = [shown["metadata"][name] for name in ("loss", "most", "tag")]
+    assert found == [None, [None, 1.5], "NaN"]
+
+
+def test_a_narrow_terminal_shows_how_to_name_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("basinscope.cli_activations.out", Console(width=46))
+    path = save(tmp_path, model="organisation/model", tag=3)
+    lines = command("list", tmp_path).output.splitlines()
+    assert any(line.split()[0] == "0" and path.name in line for line in lines if line.strip())
 
 
 REFUSED: dict[str, Callable[[Path], tuple[Any, ...]]] = {
