@@ -71,6 +71,10 @@ def run(
         list[str] | None,
         typer.Option(help="Only this layer, such as 0.mlp.up or output; may be given again."),
     ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="Only from this layer, such as 0.attn.o or embed; may be given again."),
+    ] = None,
     output_token: Annotated[
         list[int] | None,
         typer.Option(help="A token id that is a target itself, for all metrics; again for more."),
@@ -100,6 +104,7 @@ def run(
             dataset,
             components="neurons" if components == "neurons" else singular_directions(loaded),
             targets=target,
+            sources=source,
             output_tokens=output_token or (),
             batch_size=batch_size,
             n_batches=n_batches,

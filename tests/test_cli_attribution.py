@@ -26,6 +26,7 @@ def test_ranks_harvested_by_name_or_by_default_merge_to_the_single_run(tmp_path:
     token_rows(10, 6, seed=1).save_to_disk(tmp_path / "data")
     given = [tmp_path / "model", tmp_path / "data", "--batch-size", 2, "--output-token", 7]
     given += ["--target", "1.mlp.up", "--target", "output"]
+    given += ["--source", "0.mlp.down", "--source", "embed"]
     done = invoke("run", *given, "-o", tmp_path / "one.zarr")
     assert done.exit_code == 0, done.output
     assert "one.zarr is complete. Next: basinscope attribute top" in flat(done)
@@ -41,6 +42,7 @@ def test_ranks_harvested_by_name_or_by_default_merge_to_the_single_run(tmp_path:
     one, both = (AttributionStore(tmp_path / name) for name in ("one.zarr", "all.zarr"))
     assert one.layers == both.layers
     assert "1.mlp.up" in one.layers
+    assert {source for _, source in one.metadata["edges"]} == {"0.mlp.down", "embed"}
     for target, source in one.metadata["edges"]:
         first, second = (store.matrix(target, source).values for store in (one, both))
         np.testing.assert_allclose(first, second, rtol=1e-12, atol=1e-12 * np.abs(first).max())

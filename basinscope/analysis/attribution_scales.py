@@ -87,7 +87,7 @@ class Scales:
 
 NO_RESIDUAL = (
     "target_rms of output tokens needs the unembedding and the mean square of what enters it: "
-    "harvest 'output' among the targets"
+    "harvest 'output' among the targets, or leave output tokens out (include_outputs=False)"
 )
 
 

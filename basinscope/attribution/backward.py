@@ -8,7 +8,7 @@ all that a module may do: on a CPU, a vectorised backward pass of attention take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,9 +59,11 @@ class BatchAttribution:
     model : nn.Module
         In evaluation mode, no parameter requiring a gradient.
     components : mapping of str to Components
-        The sources, by canonical name; the embedding is one beside them.
+        By canonical name; the forward pass is cut at them, and at the embedding.
     targets : mapping of str to Components
         Some of them, and what is read at the unembedding.
+    sources : collection of str
+        Which of the components, and "embed", attributions are computed for.
     embedding, unembedding : str
         Names of these modules.
     importance, importance_threshold, alive, targets_at_once
@@ -81,6 +83,7 @@ class BatchAttribution:
         components: Mapping[str, Components],
         targets: Mapping[str, Components],
         *,
+        sources: Collection[str],
         embedding: str,
         unembedding: str,
         importance: Importance | None,
@@ -91,7 +94,7 @@ class BatchAttribution:
     ) -> None:
         self.decomposition = Decomposition(model, components)
         self.components = dict(components)
-        self.targets = dict(targets)
+        self.targets, self.sources = dict(targets), set(sources)
         self.embedding, self.unembedding = embedding, unembedding
         self.importance, self.threshold = importance, importance_threshold
         self.alive = dict(alive)
@@ -110,6 +113,8 @@ class BatchAttribution:
             self._count(active, input_ids, counts)
         for name, target in self.targets.items():
             sources = [source for to, source in self.edges if to == name]
+            if not sources:
+                continue
             for indices, gradients in self._backward(target, active[name], record, sources):
                 for source in sources:
                     gradient = gradients[self._module_of(source)]
@@ -118,7 +123,10 @@ class BatchAttribution:
                     shape = (2, self.targets_at_once, input_ids.numel(), gradient.shape[-1])
                     gradient = gradient.reshape(shape)[:, : len(indices)]
                     columns, found = self._attributions(source, gradient, active, record, input_ids)
-                    for metric, values in zip(METRICS, found.double().cpu().numpy(), strict=True):
+                    values_of = found.double().cpu().numpy()
+                    if not np.isfinite(values_of.sum()):
+                        raise _not_finite(f"attributions from {source} to {name}")
+                    for metric, values in zip(METRICS, values_of, strict=True):
                         _add(sums[metric][name, source], indices, columns, values)
 
     @torch.no_grad()
@@ -183,7 +191,7 @@ class BatchAttribution:
             edges += [
                 (name, source)
                 for source in (EMBED, *self.components)
-                if self._module_of(source) in reached
+                if source in self.sources and self._module_of(source) in reached
             ]
         sizes = [4 * part.size * input_ids.numel() for part in self.components.values()]
         return edges, max(*(leaf.nbytes for leaf in record.leaves.values()), *sizes)
@@ -245,10 +253,7 @@ class BatchAttribution:
                 continue
             squares = seen.activations.double().square().sum(0)
             if not torch.isfinite(squares).all():
-                raise FloatingPointError(
-                    f"activations of {name} are infinite or NaN, and so would be all sums: load "
-                    "the model in a wider dtype"
-                )
+                raise _not_finite(f"activations of {name}")
             counts[name]["square_sum"] += squares.cpu().numpy()
             if "active" not in counts[name]:
                 continue
@@ -297,6 +302,12 @@ class BatchAttribution:
         if unused:
             upstream = nn.functional.pad(upstream, (0, 0, 0, 0, 0, unused))
         return upstream.reshape(given.shape)
+
+
+def _not_finite(what: str) -> FloatingPointError:
+    return FloatingPointError(
+        f"{what} are infinite or NaN, and so would be all sums: load the model in a wider dtype"
+    )
 
 
 def _live(target: Components, seen: _Active) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -45,6 +45,7 @@ def harvest_attributions(
     batch_size: int,
     components: str | Mapping[str, Components] = "neurons",
     targets: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
     output_tokens: Sequence[int] = (),
     n_batches: int | None = None,
     rank: int = 0,
@@ -85,7 +86,11 @@ def harvest_attributions(
         cut: gradients pass through them.
     targets : sequence of str, optional
         Names of layers among the components, and "output": the directions of the residual stream
-        that the unembedding reads. Default: all. Only what a target depends on is its source.
+        that the unembedding reads. Default: all.
+    sources : sequence of str, optional
+        Names of layers among the components, and "embed". Default: all; of these a target's are
+        those that it depends on. The forward pass is cut at the others all the same. The sums of
+        "embed" have a column for every token id, and are often most of the memory.
     output_tokens : sequence of int
         Token ids that are targets themselves, y the sum of their logits without bias or scale.
         ``attr`` of any token follows from "output"; the two other metrics do not.
@@ -121,6 +126,8 @@ def harvest_attributions(
     TypeError, ValueError
         Before any work, with what is valid: arguments, data set, layers, components; a data set
         with ids that the model does not know; sums too large for the free memory.
+    FloatingPointError
+        If activations or attributions become infinite or NaN, which no sum would survive.
     StoreMismatchError
         If the store has other settings; names each that differs.
     AttributionLockedError
@@ -132,6 +139,7 @@ def harvest_attributions(
         embedding, unembedding, head = _ends(model)
         parts = _components(model, components)
         chosen = _targets(parts, targets, output_tokens, unembedding, head)
+        starts = _sources(parts, sources)
         masks = _alive(parts, alive)
         place = next(model.get_submodule(embedding).parameters()).device
 
@@ -140,13 +148,14 @@ def harvest_attributions(
             return torch.from_numpy(read_rows(dataset, numbers)).to(place)
 
         attribution = BatchAttribution(
-            model, parts, chosen, embedding=embedding, unembedding=unembedding,
+            model, parts, chosen, sources=starts, embedding=embedding, unembedding=unembedding,
             importance=importance, importance_threshold=importance_threshold, alive=masks,
             targets_at_once=targets_at_once, input_ids=batch(0),
         )  # fmt: skip
         sizes = {name: part.size for name, part in {**chosen, **parts}.items()}
         sizes[EMBED] = vocabulary_size(model) or 0
         edges = {(t, s): (sizes[t], sizes[s]) for t, s in attribution.edges}
+        _require_edges(edges, chosen, starts)
         _require_memory(edges)
         with (
             AttributionWriter.create_or_continue(
@@ -165,7 +174,7 @@ def harvest_attributions(
                 },
                 edges=edges,
                 counts=_count_shapes(parts, chosen, sizes[EMBED]),
-                unembedding=head.weight.detach().float().cpu().numpy(),
+                unembedding=_weight(head) if OUTPUT in chosen else None,
             ) as writer,
             stop_on_signals() as stop,
         ):
@@ -184,10 +193,11 @@ def _check_numbers(
 ) -> None:
     whole = {
         "batch_size": batch_size,
-        "n_batches": None if n_batches is None else int(n_batches),
+        "n_batches": n_batches,
         "world_size": world_size,
+        "targets_at_once": targets_at_once,
     }
-    for name, value in {**whole, "targets_at_once": targets_at_once}.items():
+    for name, value in whole.items():
         if value is None and name in ("n_batches", "targets_at_once"):
             continue
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
@@ -332,6 +342,17 @@ def _targets(
     return found
 
 
+def _sources(components: Mapping[str, Components], sources: Sequence[str] | None) -> list[str]:
+    valid = [EMBED, *components]
+    wanted = valid if sources is None else [sources] if isinstance(sources, str) else list(sources)
+    if unknown := [str(name) for name in wanted if name not in valid]:
+        raise ValueError(
+            f"sources names {', '.join(unknown)}, which is no source here; there are "
+            f"{', '.join(valid)}"
+        )
+    return wanted
+
+
 def _alive(
     components: Mapping[str, Components], alive: Mapping[str, Any] | None
 ) -> dict[str, Tensor]:
@@ -351,6 +372,16 @@ def _alive(
     return masks
 
 
+def _require_edges(
+    edges: Collection[tuple[str, str]], targets: Collection[str], sources: Collection[str]
+) -> None:
+    if not edges:
+        raise ValueError(
+            f"there is nothing to harvest: none of the targets ({', '.join(targets)}) depends "
+            f"directly on one of the sources ({', '.join(sources) or 'none'})"
+        )
+
+
 def _require_memory(edges: Mapping[tuple[str, str], tuple[int, int]]) -> None:
     """Refuse sums that do not fit into what is free."""
     bytes_of = {edge: 8 * len(METRICS) * rows * columns for edge, (rows, columns) in edges.items()}
@@ -360,7 +391,8 @@ def _require_memory(edges: Mapping[tuple[str, str], tuple[int, int]]) -> None:
         raise ValueError(
             f"the sums of {len(edges)} pairs of layers take {needed / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} GiB are free (the largest, from {source} to {target}, takes "
-            f"{bytes_of[target, source] / 2**30:.1f}): name fewer targets, or give fewer components"
+            f"{bytes_of[target, source] / 2**30:.1f}): name fewer targets or sources, or "
+            "give fewer components"
         )
 
 
@@ -389,6 +421,11 @@ def _count_shapes(
     if OUTPUT in targets:
         shapes[OUTPUT] = {"square_sum": (targets[OUTPUT].size,)}
     return shapes
+
+
+def _weight(head: nn.Linear) -> np.ndarray:
+    weight: np.ndarray = head.weight.detach().float().cpu().numpy()
+    return weight
 
 
 def _digest_of(components: Mapping[str, Components], alive: Mapping[str, Tensor]) -> str:

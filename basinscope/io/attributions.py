@@ -335,8 +335,12 @@ class AttributionWriter:
         number = 1 if previous is None else int(previous.rpartition("-")[2]) + 1
         generation = f"generation-{number}"
         shutil.rmtree(self.path / generation, ignore_errors=True)  # of a save that failed
-        write_group(self.path / generation)
-        write_sums(self.path / generation, sums, counts)
+        try:
+            write_group(self.path / generation)
+            write_sums(self.path / generation, sums, counts)
+        except BaseException:  # such as a full disk, which it would keep full
+            shutil.rmtree(self.path / generation, ignore_errors=True)
+            raise
         self._update(generation=generation, tokens=int(tokens), batches=int(batches_done))
         if previous is not None:
             _remove(self.path / previous)

@@ -273,7 +273,7 @@ class _ChunkFile:
             if array.must_exist:
                 raise DamagedStoreError(
                     f"{self.name} lacks chunk {index}, although the store records it as written: "
-                    "restore the store from a copy, or sample it anew"
+                    "restore the store from a copy, or make it anew"
                 )
             return np.broadcast_to(np.asarray(array.fill_value, array.dtype), array.chunk_shape)
         assert self.descriptor is not None
@@ -310,7 +310,7 @@ class _ChunkFile:
 
     def _damaged(self, what: str) -> DamagedStoreError:
         return DamagedStoreError(
-            f"{self.name} is damaged: {what}. Restore the store from a copy, or sample it anew"
+            f"{self.name} is damaged: {what}. Restore the store from a copy, or make it anew"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from basinscope.analysis.attribution import AttributionStore
 from basinscope.attribution import harvest
 from basinscope.attribution.backward import BatchAttribution
 from basinscope.attribution.harvest import harvest_attributions
@@ -187,6 +188,33 @@ def test_layers_that_are_left_out_let_gradients_through(tmp_path: Path) -> None:
     assert ("1.mlp.up", "0.attn.v") in store.edges
     (ids,) = batches(dataset, 2)
     assert_same(store, reference.attributions(model, ids, maps_of(model, components)))
+
+
+def test_sources_that_are_left_out_stay_cut(tmp_path: Path) -> None:
+    """The others get what they had before; a target without a source costs no backward pass."""
+    model, dataset = built("gpt2").double(), token_rows(2, 5, seed=6)
+    sources = ["0.attn.v", "0.attn.o"]
+    store = harvested(model, dataset, tmp_path, sources=sources)
+    (ids,) = batches(dataset, 2)
+    expected = reference.attributions(model, ids, maps_of(model, neurons(model)))
+    assert_same(
+        store,
+        {m: {e: v for e, v in found.items() if e[1] in sources} for m, found in expected.items()},
+    )
+    assert ("1.mlp.up", "0.attn.v") not in store.edges
+    assert ("0.mlp.up", "0.attn.o") in store.edges
+    assert store.counts("embed", "occurrences").sum() == 10
+    with pytest.raises(StoreMismatchError, match=r"embed"):
+        harvested(model, dataset, tmp_path)
+
+
+def test_the_unembedding_is_kept_where_it_can_be_asked_for(tmp_path: Path) -> None:
+    model, dataset = built("gpt2"), token_rows(2, 5, seed=6)
+    store = harvested(model, dataset, tmp_path, targets=["0.mlp.up"], output_tokens=TOKENS)
+    assert store.unembedding is None
+    queries = AttributionStore(store.path)
+    assert queries.attribution("embed:3", "output:39", "attr_abs") is not None
+    assert queries.top_sources("output:3", 2)
 
 
 def test_sequences_of_one_token() -> None:
@@ -393,10 +421,15 @@ def test_the_model_is_left_as_it_was(fails: bool, tmp_path: Path) -> None:
         ({"rank": 2, "world_size": 2}, r"rank=2 is none of world_size=2: ranks are 0 to 1"),
         ({"rank": -1}, r"rank=-1 must be"),
         ({"n_batches": 3}, r"n_batches=3, and dataset has 3 rows: 2 batches of batch_size=2"),
+        ({"n_batches": 1.5}, r"n_batches=1\.5 must be a whole number"),
+        ({"n_batches": True}, r"n_batches=True must be a whole number"),
         ({"targets_at_once": 0}, r"targets_at_once=0"),
         ({"importance_threshold": -0.1}, r"importance_threshold=-0.1"),
         ({"targets": ["0.mlp.upp"]}, r"targets names 0\.mlp\.upp, .* there are 0\.mlp\.up, output"),
         ({"targets": []}, r"nothing to harvest"),
+        ({"sources": ["0.mlp"]}, r"sources names 0\.mlp, .* there are embed, 0\.mlp\.up$"),
+        ({"sources": []}, r"none of the targets \(0\.mlp\.up, output\) .* sources \(none\)"),
+        ({"sources": "0.mlp.up", "targets": "0.mlp.up"}, r"none of the targets \(0\.mlp\.up\)"),
         ({"output_tokens": [40]}, r"different ids from 0 to 39; got \[40\]"),
         ({"output_tokens": [1, 1]}, r"different ids"),
         ({"alive": {"0.mlp.down": [True]}}, r"alive names '0\.mlp\.down', which is none"),
@@ -454,6 +487,16 @@ def test_activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         harvested(model, token_rows(3, 5, 1), tmp_path, components=neurons(model, ["1.mlp.up"]))
 
 
+def test_attributions_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Activations near 1e20 are numbers, and so are their squares' sums, in float64."""
+    model = built("gpt2")
+    model.transformer.h[1].mlp.c_fc.weight.data *= 1e20
+    parts = neurons(model, ["1.mlp.up", "1.mlp.down"])
+    with pytest.raises(FloatingPointError, match=r"from 1\.mlp\.up to 1\.mlp\.down are infinite"):
+        harvested(model, token_rows(3, 5, 1), tmp_path, components=parts, targets=["1.mlp.down"])
+    assert StoredAttributions(tmp_path / "attributions.zarr").metadata["batches"] == 0
+
+
 def harvested(
     model: nn.Module, dataset: Dataset, directory: Path, **settings: Any
 ) -> StoredAttributions:
@@ -471,8 +514,9 @@ def batch_sums(
     embedding, unembedding, head = harvest._ends(model)
     targets = harvest._targets(components, None, (), unembedding, head)
     attribution = BatchAttribution(
-        model, components, targets, embedding=embedding, unembedding=unembedding, importance=None,
-        importance_threshold=0.0, alive={}, targets_at_once=None, input_ids=ids,
+        model, components, targets, sources=["embed", *components], embedding=embedding,
+        unembedding=unembedding, importance=None, importance_threshold=0.0, alive={},
+        targets_at_once=None, input_ids=ids,
     )  # fmt: skip
     sizes = {name: part.size for name, part in targets.items()} | {"embed": 40}
     sums = {m: {e: np.zeros([sizes[n] for n in e]) for e in attribution.edges} for m in METRICS}

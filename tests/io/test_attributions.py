@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import dask
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from basinscope.io import chunked
 from basinscope.io.attributions import (
     AttributionLockedError,
     AttributionWriter,
@@ -156,6 +159,34 @@ def test_a_stopped_harvest_goes_on_from_its_last_save(tmp_path: Path) -> None:
             writer.save(*first, tokens=1, batches_done=1)
         writer.finish()
     assert open_attributions(tmp_path / "s.zarr").metadata["batches"] == 3
+
+
+def test_a_full_disk_leaves_the_state_before_and_takes_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = random_sums(np.random.default_rng(2))
+    own = chunked.write_chunk
+    room = iter(range(5))
+
+    def full(*args: Any) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(*args)
+
+    with new_writer(tmp_path / "s.zarr") as writer:
+        writer.save(*once, tokens=10, batches_done=1)
+        before = sorted(tmp_path.rglob("*"))
+        with monkeypatch.context() as patch:
+            patch.setattr(chunked, "write_chunk", full)
+            with pytest.raises(OSError, match="No space left"):
+                writer.save(*times(once, 2), tokens=20, batches_done=2)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert writer.batches_done == 1
+        np.testing.assert_array_equal(
+            writer.sums()[0]["attr"]["output", "embed"], once[0]["attr"]["output", "embed"]
+        )
+        writer.save(*times(once, 2), tokens=20, batches_done=2)
+        assert writer.batches_done == 2
 
 
 def test_a_closed_writer_writes_nothing(tmp_path: Path) -> None:
