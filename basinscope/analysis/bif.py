@@ -30,6 +30,8 @@ MERGED_AT_ONCE = 8  # blocks whose partners are merged in one task
 ROW_BLOCK_BYTES = 2**26  # of influences between whole sequences that one task makes
 SIGNS = ("positive", "negative")
 
+Contents = tuple[dict[str, xr.Variable], dict[str, Any]]  # variables and coordinates of a result
+
 
 def compute_bif(
     samples: xr.DataTree | str | os.PathLike[str],
@@ -128,9 +130,9 @@ def compute_bif(
     plan.validate(limit)
     if blocks.copied:
         problem.traces.copy()
-    result = _COMPUTE[options.kind](problem, blocks)
-    result["input_ids"] = _input_ids(problem)
-    result.attrs = opened.provenance
+    variables, coords = _COMPUTE[options.kind](problem, blocks)
+    variables["input_ids"] = _input_ids(problem)
+    result = xr.Dataset(variables, coords, opened.provenance)
     if output_path is None:
         return result
     settings = {
@@ -247,7 +249,7 @@ class _Problem:
         )  # fmt: skip
 
 
-def _between_tokens(problem: _Problem, blocks: Blocks) -> xr.Dataset:
+def _between_tokens(problem: _Problem, blocks: Blocks) -> Contents:
     options, tokens = problem.options, problem.traces.tokens
     cuts_1 = _cuts(len(problem.rows_1), blocks.output)
     cuts_2 = _cuts(len(problem.rows_2), blocks.output)
@@ -347,7 +349,7 @@ def multiply_traces(
     return result.reshape(first, tokens, second, tokens).transpose(0, 2, 1, 3)
 
 
-def _averaged(problem: _Problem, blocks: Blocks) -> xr.Dataset:
+def _averaged(problem: _Problem, blocks: Blocks) -> Contents:
     """Average over token pairs: the mean of z_s . z_t is (mean of z_s) . (mean of z_t)."""
     return _between_rows(problem, blocks, _token_means, clip=False)
 
@@ -356,7 +358,7 @@ def _token_means(covariance: bool, *block: Any) -> np.ndarray:
     return gather_token_means(*block, covariance=covariance)
 
 
-def _between_sequences(problem: _Problem, blocks: Blocks) -> xr.Dataset:
+def _between_sequences(problem: _Problem, blocks: Blocks) -> Contents:
     correlation = not problem.options.compute_covariance
     return _between_rows(problem, blocks, _sequence_traces, clip=correlation)
 
@@ -367,7 +369,7 @@ def _sequence_traces(covariance: bool, *block: Any) -> np.ndarray:
 
 def _between_rows(
     problem: _Problem, blocks: Blocks, reduce: Callable[..., np.ndarray], clip: bool
-) -> xr.Dataset:
+) -> Contents:
     """Multiply one trace for each sequence with one for each sequence, in float64."""
     covariance = problem.options.compute_covariance
 
@@ -401,7 +403,7 @@ def _row_products(
     return np.clip(products, -1, 1, out=products) if clip else products
 
 
-def _strongest_partners(problem: _Problem, blocks: Blocks) -> xr.Dataset:
+def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
     """Search block after block of candidates, for as many queries at a time as can be held."""
     options, (sequences, tokens) = problem.options, problem.queries
     assert options.top_k is not None
@@ -439,18 +441,16 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> xr.Dataset:
         "partner_batch": {"long_name": "sequence of the partner", "units": "1"},
         "partner_target_position": {"long_name": "position of the partner, from 1", "units": "1"},
     }
-    return xr.Dataset(
-        {
-            name: (("sign", "query", "rank"), field, attrs)
-            for (name, attrs), field in zip(meanings.items(), fields, strict=True)
-        },
-        coords={
-            "sign": list(SIGNS),
-            "rank": np.arange(1, k + 1),
-            "query_batch": ("query", sequences),
-            "query_target_position": ("query", tokens + 1),
-        },
-    )  # fmt: skip
+    variables = {
+        name: xr.Variable(("sign", "query", "rank"), field, attrs)
+        for (name, attrs), field in zip(meanings.items(), fields, strict=True)
+    }
+    return variables, {
+        "sign": list(SIGNS),
+        "rank": np.arange(1, k + 1),
+        "query_batch": ("query", sequences),
+        "query_target_position": ("query", tokens + 1),
+    }
 
 
 def _queries(
@@ -479,7 +479,7 @@ def _in_order(parts: list[np.ndarray], order: np.ndarray, _: list[Partners]) -> 
     return placed
 
 
-_COMPUTE: dict[str, Callable[[_Problem, Blocks], xr.Dataset]] = {
+_COMPUTE: dict[str, Callable[[_Problem, Blocks], Contents]] = {
     "token": _between_tokens,
     "average": _averaged,
     "sequence": _between_sequences,
@@ -489,11 +489,10 @@ _COMPUTE: dict[str, Callable[[_Problem, Blocks], xr.Dataset]] = {
 
 def _labelled(
     problem: _Problem, influences: da.Array, positions: dict[str, np.ndarray] | None = None
-) -> xr.Dataset:
+) -> Contents:
     coords = {"batch_1": problem.rows_1, "batch_2": problem.rows_2, **(positions or {})}
-    return xr.Dataset(
-        {"influences": (tuple(coords), influences, _influence_attrs(problem.options))}, coords
-    )
+    influence = xr.Variable(tuple(coords), influences, _influence_attrs(problem.options))
+    return {"influences": influence}, coords
 
 
 def _influence_attrs(options: BifOptions) -> dict[str, str]:

@@ -12,6 +12,7 @@ import xarray as xr
 from dask.delayed import delayed
 
 from basinscope.analysis.diagnostics import SharedBatches, diagnose_trace, error_of_rise
+from basinscope.analysis.graphs import arrays_in
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
@@ -99,13 +100,18 @@ def compute_llc(
     batches = _shared_batches(opened, row, skipped, max(lengths))
     judged = delayed(_judge)(computed["traces"], opened.n_beta, batches)
     chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
+    sizes = {"chain": chains, "row": longest, "token_pos": tokens}
+    members = {
+        name: (tuple(sizes[dim] for dim in dim_names), np.float64)
+        for name, (dim_names, _, _) in _VARIABLES.items()
+    }
+    arrays = arrays_in(computed, {n: m for n, m in members.items() if n not in _JUDGED})
+    arrays |= arrays_in(judged, {name: members[name] for name in _JUDGED})
     variables = {}
     for variable, (dim_names, long_name, units) in _VARIABLES.items():
-        sizes = {"chain": chains, "row": longest, "token_pos": tokens}
-        source = judged if variable in ("llc_mcse", "rhat", "ess_bulk") else computed
-        data = da.from_delayed(source[variable], tuple(sizes[d] for d in dim_names), "float64")
         at = tuple(row if d == "row" else d for d in dim_names)
-        variables[variable] = xr.Variable(at, data, {"long_name": long_name, "units": units})
+        attrs = {"long_name": long_name, "units": units}
+        variables[variable] = xr.Variable(at, arrays[variable], attrs)
     variables["n_beta"] = xr.Variable(
         (), opened.n_beta, {"long_name": "inverse temperature nβ", "units": "1"}
     )
@@ -133,6 +139,7 @@ _VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "loss_trace": (("chain", "row"), "mean loss of the sampling batches", "nats"),
     "init_loss": ((), "mean loss at the checkpoint", "nats"),
 }
+_JUDGED = ("llc_mcse", "rhat", "ess_bulk")
 
 
 def _estimate(

@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-from dask.delayed import Delayed, delayed
+from dask.delayed import delayed
 
-from basinscope.analysis.stores import Part, chunks_of, streamed
+from basinscope.analysis.stores import FILE_BYTES, Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
 STACKED = 128  # most rows of a matrix that is multiplied with weights
@@ -17,8 +17,10 @@ WIDE = 64  # most rows of a chunk that are added up side by side
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
 
-def lazy_totals(parts: list[Part], of_tokens: bool = True) -> list[list[tuple[int, Delayed]]]:
+def lazy_totals(parts: list[Part], of_tokens: bool = True) -> Any:
     """Have every chain's losses added up, a task for each file; reads nothing.
+
+    Losses in memory that are no larger than a file are one task.
 
     Parameters
     ----------
@@ -29,13 +31,20 @@ def lazy_totals(parts: list[Part], of_tokens: bool = True) -> list[list[tuple[in
 
     Returns
     -------
-    list of list of (int, Delayed)
-        For each chain, what :func:`mean_losses` takes once it is computed.
+    Delayed, or list of list of (int, Delayed)
+        What :func:`mean_losses` takes once it is computed.
     """
+    in_memory = all(isinstance(part, np.ndarray) for part in parts)
+    if in_memory and sum(part.nbytes for part in parts) <= FILE_BYTES:
+        return delayed(_totals_of_chains)(parts, of_tokens)
     add_up = delayed(loss_totals)
     return [
         [(first, add_up(piece, of_tokens)) for first, piece in streamed(part)] for part in parts
     ]
+
+
+def _totals_of_chains(parts: list[np.ndarray], of_tokens: bool) -> list[Totals]:
+    return [[(0, loss_totals(part, of_tokens))] for part in parts]
 
 
 def loss_totals(
@@ -88,7 +97,10 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
 def _sums_of_rows(values: np.ndarray) -> np.ndarray:
     """Add up (rows, batch, token_pos) over (batch, token_pos), fast however a chunk is laid out."""
     if not _rows_last(values):
-        return values.sum(axis=(1, 2), dtype=np.float64)
+        sums = np.empty(len(values))
+        for (_, row, _, _), some in chunks_of(values[None]):  # a copy of all may not fit
+            sums[row] = some[0].astype(np.float64).sum(axis=(1, 2))
+        return sums
     by_token = values.transpose(1, 2, 0).reshape(-1, len(values))
     side = math.gcd(len(by_token), WIDE)  # sums of longer vectors are faster ones
     wide = by_token.reshape(-1, side * len(values)).sum(axis=0, dtype=np.float64)

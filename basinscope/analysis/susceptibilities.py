@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from dask.delayed import Delayed, delayed
 
+from basinscope.analysis.graphs import array_of
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
@@ -96,23 +97,25 @@ def compute_susceptibilities(
     task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
     for name in restrictions:
         _require_alike(stores[FULL], FULL, stores[name], name, [task, *probes])
-    _plan(stores, task, probes).validate(parse_memory_limit(memory_limit))
+    losses = _losses(stores, task, probes)
+    _plan(losses, task, probes).validate(parse_memory_limit(memory_limit))
 
     full = stores[FULL]
-    of_task = {name: _lazy_task(store, task, full) for name, store in stores.items()}
+    of_task = {name: _lazy_task(losses[name][task], full) for name in stores}
     ids = {obs_id: _lazy_ids(stores, obs_id) for obs_id in probes}
-    columns: dict[str, list[da.Array]] = {name: [] for name in restrictions}
+    blocks: dict[tuple[int, ...], Delayed] = {}
+    sizes: list[int] = []
     for obs_id in probes:
-        for rows in sequence_blocks(Layout.of(full.losses(f"loss_{obs_id}"))):
-            full_mean = delayed(_mean_losses)(_cut_rows(full, obs_id, rows))
-            for name in restrictions:
-                block = delayed(_susceptibility)(
-                    _cut_rows(stores[name], obs_id, rows),
+        layout = Layout.of(losses[FULL][obs_id])
+        for rows in sequence_blocks(layout):
+            full_mean = delayed(_mean_losses)(_cut_rows(losses[FULL][obs_id], rows))
+            for column, name in enumerate(restrictions):
+                blocks[len(sizes), column] = delayed(_susceptibility)(
+                    _cut_rows(losses[name][obs_id], rows),
                     of_task[name], of_task[FULL], full_mean, ids[obs_id],
                 )  # fmt: skip
-                size = (rows.stop - rows.start) * full.dataset[f"loss_{obs_id}"].shape[3]
-                columns[name].append(da.from_delayed(block, (size,), np.float64))
-    sus = da.stack([da.concatenate(columns[name]) for name in restrictions], axis=1)
+            sizes.append((rows.stop - rows.start) * layout.shape[3])
+    sus = array_of(blocks, (sizes, [1] * len(restrictions)), np.float64)
     result = _flattened(full, restrictions, ids, sus)
     if output_path is None:
         return result
@@ -137,9 +140,8 @@ def plan_of_susceptibilities(
 ) -> Plan:
     """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only."""
     stores = _opened(wr_map, allow_incomplete)
-    return _plan(
-        stores, *_observables(stores, sampling_task, observable_names, include_sampling_task)
-    )
+    task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
+    return _plan(_losses(stores, task, probes), task, probes)
 
 
 def _opened(
@@ -155,11 +157,21 @@ def _opened(
     return {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
 
 
-def _plan(stores: Mapping[str, Samples], task: str, probes: Sequence[str]) -> Plan:
+def _losses(
+    stores: Mapping[str, Samples], task: str, probes: Sequence[str]
+) -> dict[str, dict[str, list[Part]]]:
+    """Find the losses of every store on every observable; reads nothing."""
+    return {
+        name: {obs_id: store.losses(f"loss_{obs_id}") for obs_id in {task, *probes}}
+        for name, store in stores.items()
+    }
+
+
+def _plan(losses: Mapping[str, Mapping[str, list[Part]]], task: str, probes: Sequence[str]) -> Plan:
     return plan_susceptibilities(
-        [Layout.of(store.losses(f"loss_{task}")) for store in stores.values()],
-        [Layout.of(store.losses(f"loss_{p}")) for store in stores.values() for p in probes],
-        len(stores) - 1,
+        [Layout.of(of_store[task]) for of_store in losses.values()],
+        [Layout.of(of_store[obs_id]) for of_store in losses.values() for obs_id in probes],
+        len(losses) - 1,
     )
 
 
@@ -233,8 +245,7 @@ class Task(NamedTuple):
     mean_loss: float
 
 
-def _lazy_task(samples: Samples, task: str, full: Samples) -> Delayed:
-    parts = samples.losses(f"loss_{task}")
+def _lazy_task(parts: list[Part], full: Samples) -> Delayed:
     return delayed(_of_task)(
         lazy_totals(parts, of_tokens=False), shapes_of(parts), full.init_loss()
     )
@@ -247,8 +258,8 @@ def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: l
     return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
 
 
-def _cut_rows(samples: Samples, obs_id: str, rows: slice) -> list[Part]:
-    return [cut(part, slice(None), rows) for part in samples.losses(f"loss_{obs_id}")]
+def _cut_rows(parts: list[Part], rows: slice) -> list[Part]:
+    return [cut(part, slice(None), rows) for part in parts]
 
 
 def _mean_losses(parts: list[Any]) -> np.ndarray:
@@ -261,7 +272,7 @@ def _susceptibility(
 ) -> np.ndarray:
     covaried = weighted_mean(parts, task.phi)
     expected = task.mean_phi * (full_task.mean_loss - full_mean)
-    return (task.mean_phi_loss - covaried - expected).ravel()
+    return (task.mean_phi_loss - covaried - expected).reshape(-1, 1)
 
 
 def _flattened(

@@ -313,7 +313,7 @@ def gather_token_means(
                 traces[start : start + len(own)] = own[:, some]
                 start += len(own)
             mean, scale = _moments(traces, covariance)
-            total = np.einsum("nst,st->sn", traces, scale)
+            total = np.vecdot(traces, scale).T
             means[at] = (total - (mean * scale).sum(axis=1, keepdims=True)) / tokens
     return means
 
