@@ -1,4 +1,4 @@
-"""Attributions of four batches, against a loop with two backward passes for each target component.
+"""Attributions of 16 batches, against a loop with two backward passes for each target component.
 
     python -m benchmarks.attribution [--rounds 5]
 
@@ -31,7 +31,7 @@ from benchmarks.harness import paired, parser, record
 
 Attributions = Mapping[str, Mapping[tuple[str, str], np.ndarray]]
 
-BATCHES = 4
+BATCHES = 16
 SIZES = {  # width, layers, sequences, tokens
     "toy": (16, 1, 2, 8), "tiny": (32, 2, 2, 16), "small": (64, 2, 4, 32),
 }  # fmt: skip

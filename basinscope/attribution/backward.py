@@ -9,12 +9,13 @@ all that a module may do: on a CPU, a vectorised backward pass of attention take
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from basinscope.io.attributions_layout import EMBED, METRICS, Counts, Edge, Sums
 from basinscope.models.components import Components, Cut, Decomposition, cut_at
@@ -22,6 +23,9 @@ from basinscope.models.forward import replaced_forward, token_logits
 
 WIDEST_BYTES = {"cpu": 2**22, "cuda": 2**26}  # of a pass's widest tensor; a CPU's must stay cached
 MOST_AT_ONCE = {"cpu": 16, "cuda": 64}  # targets; with more, layers of few leave copies unused
+
+SHORT = 32  # tokens
+KEPT_TARGETS = 64  # whose attributions wait to be added to the sums at once
 
 Importance = Callable[[dict[str, Tensor], Tensor], Mapping[str, Tensor]]
 Columns = Tensor | None
@@ -106,48 +110,74 @@ class BatchAttribution:
     def add(self, input_ids: Tensor, sums: Sums, counts: Counts) -> None:
         """Add a batch, (batch, token), to sums and counts in place."""
         copies = 2 * self.targets_at_once
-        with self._cut() as record:
+        with self._cut() as record, _attention(input_ids):
             token_logits(self.decomposition.model, input_ids.repeat(copies, 1))
         with torch.no_grad():
             active = self._activations(record, input_ids, copies)
             self._count(active, input_ids, counts)
-        for name, target in self.targets.items():
-            sources = [source for to, source in self.edges if to == name]
-            if not sources:
-                continue
-            for indices, gradients in self._backward(target, active[name], record, sources):
-                for source in sources:
-                    gradient = gradients[self._module_of(source)]
-                    if gradient is None:
-                        continue
-                    shape = (2, self.targets_at_once, input_ids.numel(), gradient.shape[-1])
-                    gradient = gradient.reshape(shape)[:, : len(indices)]
-                    columns, found = self._attributions(source, gradient, active, record, input_ids)
-                    values_of = found.double().cpu().numpy()
-                    if not np.isfinite(values_of.sum()):
-                        raise _not_finite(f"attributions from {source} to {name}")
-                    for metric, values in zip(METRICS, values_of, strict=True):
-                        _add(sums[metric][name, source], indices, columns, values)
+        tokens = _Tokens(input_ids)
+        for name in self.targets:
+            self._add_target(name, record, active, tokens, sums)
+
+    def _add_target(
+        self,
+        name: str,
+        record: Cut,
+        active: Mapping[str, _Active],
+        tokens: _Tokens,
+        sums: Sums,
+    ) -> None:
+        """Add what one layer of targets has from a batch."""
+        sources = [source for to, source in self.edges if to == name]
+        if not sources:
+            return
+        blocks: list[tuple[np.ndarray, dict[str, tuple[Columns, Tensor]]]] = []
+        for indices, gradients in self._backward(self.targets[name], active[name], record, sources):
+            shape = (2, self.targets_at_once, len(tokens.place), -1)
+            reached = {}
+            for source in sources:
+                gradient = gradients[self._module_of(source)]
+                if gradient is not None:
+                    reached[source] = gradient.reshape(shape)[:, : len(indices)]
+            blocks.append((indices, self._attributions(reached, record, active, tokens)))
+            if sum(len(done) for done, _ in blocks) >= KEPT_TARGETS:
+                _add_blocks(name, blocks, sums)
+                blocks = []
+        _add_blocks(name, blocks, sums)
 
     @torch.no_grad()
     def _attributions(
         self,
-        source: str,
-        gradients: Tensor,
-        active: Mapping[str, _Active],
+        gradients: Mapping[str, Tensor],
         record: Cut,
-        input_ids: Tensor,
-    ) -> tuple[Columns, Tensor]:
-        """From gradients (2, target, position, width) of a module, which sources get what.
+        active: Mapping[str, _Active],
+        tokens: _Tokens,
+    ) -> dict[str, tuple[Columns, Tensor]]:
+        """From gradients (2, target, position, width) of sources' modules, which get what.
 
         Sums over positions, (metric, target, source): of a, of a with |y|, and of a².
         """
-        if source == EMBED:
-            embedded = record.leaves[self.embedding].reshape(-1, *gradients.shape[2:])[0]
-            return _by_token(gradients, embedded, input_ids)
-        return active[source].live, _by_component(
-            gradients, self.components[source], active[source]
-        )
+        found: dict[str, tuple[Columns, Tensor]] = {}
+        alike: dict[tuple[int, int], list[str]] = {}
+        for source, gradient in gradients.items():
+            if source == EMBED:
+                embedded = record.leaves[self.embedding].reshape(-1, *gradient.shape[2:])[0]
+                found[source] = tokens.ids, _by_token(gradient, embedded, tokens)
+            elif self._writes_features(source, active[source]):
+                alike.setdefault((gradient.data_ptr(), gradient.shape[-1]), []).append(source)
+            else:
+                part = _by_component(gradient, self.components[source], active[source])
+                found[source] = active[source].live, part
+        for sources in alike.values():
+            weighted = torch.stack([active[source].weighted() for source in sources])
+            parts = _by_feature(gradients[sources[0]], weighted)
+            found |= {source: (None, part) for source, part in zip(sources, parts, strict=True)}
+        return found
+
+    def _writes_features(self, source: str, seen: _Active) -> bool:
+        """Whether its components are its module's output features, all of them and in order."""
+        part = self.components[source]
+        return part.U is None and part.linear.rows is None and seen.live is None
 
     def _module_of(self, source: str) -> str:
         return self.embedding if source == EMBED else self.components[source].linear.module
@@ -276,32 +306,42 @@ class BatchAttribution:
         modules = list(dict.fromkeys(self._module_of(source) for source in sources))
         leaves = [record.leaves[module] for module in modules]
         live = _live(target, seen)
-        for indices in live.split(self.targets_at_once) if len(live) else ():
+        with torch.no_grad():
+            reads, weights = _reads(target, live), _weights(seen)
+        for start in range(0, len(live), self.targets_at_once):
+            part = slice(start, start + self.targets_at_once)
             with torch.no_grad():
-                upstream = self._upstream(target, seen, indices, given)
+                upstream = weights[:, part, :, None] * reads[part, None, :]  # (2, k, n, d_in)
+                if unused := self.targets_at_once - upstream.shape[1]:
+                    upstream = nn.functional.pad(upstream, (0, 0, 0, 0, 0, unused))
+                upstream = upstream.to(given.dtype).reshape(given.shape)
             found = torch.autograd.grad(
                 given, leaves, upstream, retain_graph=True, allow_unused=True
             )
-            yield indices.cpu().numpy(), dict(zip(modules, found, strict=True))
+            yield live[part].cpu().numpy(), dict(zip(modules, found, strict=True))
 
-    def _upstream(
-        self, target: Components, seen: _Active, indices: Tensor, given: Tensor
-    ) -> Tensor:
-        """Gradients of y and |y| in the input of the target's map, of its shape."""
-        activations = seen.activations[:, indices]
-        weight = torch.ones_like(activations)
-        if seen.importance is not None:
-            weight = seen.importance[:, indices]
-        weights = torch.stack([weight.T, (weight * activations.sign()).T])  # (2, k, n)
-        if target.V is None:
-            reads = nn.functional.one_hot(indices, target.size).to(weights)
-        else:
-            reads = target.V[:, indices].T.contiguous()
-        upstream = (weights[..., None] * reads[:, None, :]).to(given.dtype)  # (2, k, n, d_in)
-        unused = self.targets_at_once - len(indices)
-        if unused:
-            upstream = nn.functional.pad(upstream, (0, 0, 0, 0, 0, unused))
-        return upstream.reshape(given.shape)
+
+def _reads(target: Components, live: Tensor) -> Tensor:
+    """What live targets read of their map's input, (live target, d_in)."""
+    if target.V is None:
+        return nn.functional.one_hot(live, target.size)
+    return target.V[:, live].T.contiguous()
+
+
+def _weights(seen: _Active) -> Tensor:
+    """Of each position in y and in |y|, (2, live target, n)."""
+    activations = _columns(seen.activations, seen.live)
+    weight = torch.ones_like(activations)
+    if seen.importance is not None:
+        weight = _columns(seen.importance, seen.live)
+    return torch.stack([weight.T, (weight * activations.sign()).T])
+
+
+def _attention(input_ids: Tensor) -> AbstractContextManager[None]:
+    """On a CPU, short sequences go back through plain attention in a third of the time."""
+    if input_ids.device.type == "cpu" and input_ids.shape[1] <= SHORT:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _not_finite(what: str) -> FloatingPointError:
@@ -321,8 +361,11 @@ def _columns(values: Tensor, columns: Columns) -> Tensor:
 
 
 def _by_component(gradients: Tensor, part: Components, seen: _Active) -> Tensor:
-    if part.linear.rows is not None:
-        gradients = gradients[..., torch.from_numpy(part.linear.rows).to(gradients.device)]
+    rows = part.linear.rows
+    if rows is not None and len(rows) == rows[-1] - rows[0] + 1:
+        gradients = gradients[..., rows[0] : rows[-1] + 1]
+    elif rows is not None:
+        gradients = gradients[..., torch.from_numpy(rows).to(gradients.device)]
     slopes = part.slopes(gradients, seen.live).to(seen.activations.dtype)
     weighted = seen.weighted()
     attributions = slopes * weighted if part.U is None else slopes.mul_(weighted)  # else a gradient
@@ -330,16 +373,56 @@ def _by_component(gradients: Tensor, part: Components, seen: _Active) -> Tensor:
     return torch.stack([signed, absolute, attributions[0].square_().sum(1)])
 
 
-def _by_token(gradients: Tensor, embedded: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids that occur; and the same sums, over the positions of each."""
+class _Tokens:
+    """The ids of a batch that occur, and which of them each position has."""
+
+    def __init__(self, input_ids: Tensor) -> None:
+        self.ids, self.place = input_ids.cpu().reshape(-1).unique(return_inverse=True)
+
+
+def _by_feature(gradients: Tensor, weighted: Tensor) -> Tensor:
+    """The same sums, (source, metric, target, feature), of sources that share a gradient.
+
+    What layers write to the residual stream does, and a product per feature takes all of them, from
+    ``weighted`` (source, position, feature).
+    """
+    gradients = gradients.to(weighted.dtype)
+    if len(weighted) == 1:
+        attributions = gradients * weighted
+        signed, absolute = attributions.sum(2)
+        return torch.stack([signed, absolute, attributions[0].square_().sum(1)])[None]
+    count = gradients.shape[1]
+    by_feature = gradients.flatten(0, 1).permute(2, 0, 1).contiguous()  # (feature, 2 target, n)
+    given = weighted.permute(2, 1, 0).contiguous()
+    sums = by_feature @ given
+    squares = by_feature[:, :count].square() @ given.square()
+    return torch.cat([sums, squares], 1).permute(2, 1, 0).unflatten(1, (3, count))
+
+
+def _by_token(gradients: Tensor, embedded: Tensor, tokens: _Tokens) -> Tensor:
+    """The same sums for the ids that occur, over the positions of each."""
     wide = torch.promote_types(embedded.dtype, torch.float32)
-    found = torch.einsum("ktnd,nd->ktn", gradients.to(wide), embedded.to(wide))
+    found = (gradients.to(wide) * embedded.to(wide)).sum(-1)
     found = found.cpu().double()  # on a GPU, index_add has no fixed order
-    ids, place = input_ids.cpu().reshape(-1).unique(return_inverse=True)
     attributions = torch.stack([found[0], found[1], found[0].square()])
-    return ids, found.new_zeros(*attributions.shape[:2], len(ids)).index_add_(
-        2, place, attributions
-    )
+    empty = found.new_zeros(*attributions.shape[:2], len(tokens.ids))
+    return empty.index_add_(2, tokens.place, attributions)
+
+
+def _add_blocks(
+    target: str, blocks: list[tuple[np.ndarray, dict[str, tuple[Columns, Tensor]]]], sums: Sums
+) -> None:
+    """Add what some targets of a layer have, by source, to the sums."""
+    if not blocks:
+        return
+    indices = np.concatenate([indices for indices, _ in blocks])
+    for source, (columns, _) in blocks[0][1].items():
+        found = torch.cat([parts[source][1] for _, parts in blocks], 1)
+        values_of = found.double().cpu().numpy()
+        if not np.isfinite(values_of.sum()):
+            raise _not_finite(f"attributions from {source} to {target}")
+        for metric, values in zip(METRICS, values_of, strict=True):
+            _add(sums[metric][target, source], indices, columns, values)
 
 
 def _add(total: np.ndarray, rows: np.ndarray, columns: Columns, part: np.ndarray) -> None:
