@@ -3,10 +3,10 @@
     python -m benchmarks.restrictions [--rounds 5]
 
 The model of `benchmarks.sampling` with 27M parameters (6 layers); only the last layer moves. A draw
-costs one step, whose 8 batches come round three times, and three batches of an observable. Ours
-runs the lower layers once per sequence, the time for which is inside; the peer runs all layers for
-every draw. Both get the masks that they make
-themselves, and the initial loss is taken from one batch.
+costs one step, whose 8 batches come round, and three batches of an observable. Ours runs the lower
+layers once per sequence; the peer runs all layers for every draw. Everything else of a call (copying
+the model, the initial loss of one batch, the store) is inside, in both; it counts the less the more
+draws there are. Both get the masks that they make themselves.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = {"toy": 1, "27M": 6}
 
 def main() -> None:
     options = parser(__doc__, "restrictions.jsonl")
-    options.add_argument("--draws", type=int, default=24)
+    options.add_argument("--draws", type=int, default=60)
     asked = options.parse_args()
     size = "toy" if asked.toy else "27M"
     draws = 2 if asked.toy else asked.draws
