@@ -3,10 +3,10 @@
     python -m benchmarks.extraction [--rounds 15]
 
 Hooks: the residual stream after every layer, all positions, against a bare forward pass of the same
-batch, without gradients: through all of the model ("forward"), and of its layers alone, without the
-head ("layers"), which is all that an extraction without logits runs. Memory: the same activations of
-a data set, 2 GB of them, streamed to a store by a process of its own; "growth_mib" is its peak beyond
-what it held with the model loaded, before any forward pass.
+batch, without gradients: through all of the model ("forward"), and of its layers alone, without
+the head ("layers"), which is all that an extraction without logits runs. Memory: the same
+activations of a data set, 2 GB of them, streamed to a store by a process of its own; "growth_mib"
+is its peak beyond what it held with the model loaded, before any forward pass.
 """
 
 from __future__ import annotations

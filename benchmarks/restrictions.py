@@ -4,9 +4,9 @@
 
 The model of `benchmarks.sampling` with 27M parameters (6 layers); only the last layer moves. A draw
 costs one step, whose 8 batches come round, and three batches of an observable. Ours runs the lower
-layers once per sequence; the peer runs all layers for every draw. Everything else of a call (copying
-the model, the initial loss of one batch, the store) is inside, in both; it counts the less the more
-draws there are. Both get the masks that they make themselves.
+layers once per sequence; the peer runs all layers for every draw. Everything else of a call
+(copying the model, the initial loss of one batch, the store) is inside, in both; it counts the less
+the more draws there are. Both get the masks that they make themselves.
 """
 
 from __future__ import annotations
