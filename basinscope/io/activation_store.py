@@ -10,13 +10,11 @@ nothing: shuffled and compressed, 1.39 bytes are left of it either way.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import uuid
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,6 +42,7 @@ from basinscope.io.activation_layout import (
     root_attributes,
     rows_per_chunk,
 )
+from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
     read_store,
@@ -176,7 +175,13 @@ class ActivationWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        descriptor = _lock(path)
+        descriptor = lock_directory(
+            path,
+            ActivationsLockedError(
+                f"{path} is being written by another process or another writer of this one: wait "
+                "for it, or give another path"
+            ),
+        )
         try:
             attributes = require_activations(path)
             self.completed = attributes.get("completed") == 1
@@ -522,21 +527,6 @@ def _remove_chunks_after(path: Path, arrays: Mapping[str, zarr.Array], done: int
         for number, file in _chunks_there(path / name).items():
             if number >= done // array.chunks[0]:
                 file.unlink()
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ActivationsLockedError(
-            f"{path} is being written by another process or another writer of this one: wait for "
-            "it, or give another path"
-        ) from error
-    except OSError as error:  # a file system without locks
-        warnings.warn(f"{path} cannot be locked ({error})", stacklevel=3)
-    return descriptor
 
 
 def _release(writer: BackgroundWriter, descriptor: int) -> None:

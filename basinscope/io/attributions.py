@@ -7,7 +7,6 @@ file, so a process killed at any moment leaves the one or the other.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ from basinscope.io.attributions_layout import (
     write_sums,
 )
 from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
+from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION
 from basinscope.io.store import now, provenance, require_same_settings
 from basinscope.io.stored import StoredArray, open_stored
@@ -268,7 +268,11 @@ class AttributionWriter:
                 f"{path} exists and is no store of attributions: it is left as it is; choose "
                 "another output_path"
             )
-        writer = cls(path, _locked(path), edges, counts)
+        held = AttributionLockedError(
+            f"{path} is being harvested by another process: wait for it, or give the two processes "
+            "different ranks and stores"
+        )
+        writer = cls(path, lock_directory(path, held), edges, counts)
         try:
             stored = StoredAttributions(path)
             require_same_settings(path, settings_of(stored.metadata), settings_of(attributes))
@@ -482,22 +486,6 @@ def _create(path: Path, attributes: Mapping[str, Any], unembedding: np.ndarray |
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _locked(path: Path) -> int:
-    """Lock a store for this process; the lock goes with the process, however it ends."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise AttributionLockedError(
-            f"{path} is being harvested by another process: wait for it, or give the two processes "
-            "different ranks and stores"
-        ) from error
-    except OSError as error:  # a file system without locks
-        warnings.warn(f"{path} cannot be locked ({error})", stacklevel=3)
-    return descriptor
 
 
 def _require_same_unembedding(stored: StoredAttributions, given: np.ndarray | None) -> None:

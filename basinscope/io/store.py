@@ -8,7 +8,6 @@ different chains of one store never write the same file.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ import zarr
 import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
+from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
 
@@ -313,17 +313,12 @@ class SampleStore:
             If another process holds it.
         """
         directory = self.path / "chains" / str(chain)
-        descriptor = os.open(directory, os.O_RDONLY)
+        held = ChainLockedError(
+            f"chain {chain} of {self.path} is being sampled by another process: wait for it, or "
+            "give the two processes different chains"
+        )
+        descriptor = lock_directory(directory, held)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ChainLockedError(
-                    f"chain {chain} of {self.path} is being sampled by another process: wait for "
-                    "it, or give the two processes different chains"
-                ) from error
-            except OSError as error:  # a file system without locks
-                warnings.warn(f"{self.path} cannot be locked ({error})", stacklevel=2)
             yield
         finally:
             os.close(descriptor)
