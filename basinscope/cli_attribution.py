@@ -213,19 +213,9 @@ def report(
 
 def _opened(store: Path, tokenizer: str | None) -> AttributionStore:
     from basinscope.analysis.attribution import AttributionStore
+    from basinscope.sampling.loading import load_tokenizer
 
-    return AttributionStore(store, None if tokenizer is None else _load_tokenizer(tokenizer))
-
-
-def _load_tokenizer(name: str) -> Any:
-    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        return Tokenizer.from_file(str(file))
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
+    return AttributionStore(store, None if tokenizer is None else load_tokenizer(tokenizer))
 
 
 def _require_one_of(option: str, given: str, valid: tuple[str, ...]) -> None:

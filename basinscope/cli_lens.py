@@ -65,7 +65,8 @@ def lens(
 
         for file in filter(None, (png, html)):
             require_new(file)
-        dataset = open_activations(store, allow_incomplete=True).to_dataset()
+        tree = open_activations(store, allow_incomplete=True)
+        dataset = tree.to_dataset()
         layers, chosen = _chosen(dataset, stream, layer, position, example)
         if png is not None and chosen.sizes["position"] > MAX_POSITIONS:
             raise ValueError(
@@ -73,7 +74,7 @@ def lens(
                 "choose some with --position"
             )
         words = _words(dataset, tokenizer) if text or tokenizer else str
-        reader = _reader(store, dataset, model)
+        reader = _reader(store, tree, model)
         pattern = f"{stream}_{{i}}"
         tokens = reader.top_tokens(chosen, pattern, top).sel(layer=layers).compute()
         measured = None
@@ -147,18 +148,17 @@ def _numbers(option: str, text: str, there: Sequence[int]) -> list[int]:
     return sorted(set(found))
 
 
-def _reader(store: Path, dataset: xr.Dataset, model: str | None) -> LogitLens:
+def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:
     """The lens of the store, or else of its model."""
     from basinscope.analysis.lens_inputs import model_name
-    from basinscope.io.activation_store import open_activations
     from basinscope.lens import LogitLens
 
-    if "unembedding" in open_activations(store, allow_incomplete=True).children:
+    if "unembedding" in tree.children:
         return LogitLens.from_store(store)
     if model is None:
         raise ValueError(
             f"{store} holds no unembedding: give its model with --model NAME (it says it is of "
-            f"{model_name(dataset) or 'no model'})"
+            f"{model_name(tree.to_dataset()) or 'no model'})"
         )
     return LogitLens.from_model_name(model)
 
@@ -166,24 +166,16 @@ def _reader(store: Path, dataset: xr.Dataset, model: str | None) -> LogitLens:
 def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
     """From a token id to its text."""
     from basinscope.analysis.lens_inputs import model_name
+    from basinscope.sampling.loading import load_tokenizer
 
     name = tokenizer or model_name(dataset)
     if name is None:
         raise ValueError("the store does not name its model: give --tokenizer too")
-    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        found: Any = Tokenizer.from_file(str(file))
-        whole, piece = found.decode, found.id_to_token
-    else:
-        from transformers import AutoTokenizer
-
-        found = AutoTokenizer.from_pretrained(name)
-        whole, piece = found.decode, found.convert_ids_to_tokens
+    found = load_tokenizer(name)
+    piece = getattr(found, "id_to_token", None) or found.convert_ids_to_tokens
 
     def word(token: int) -> str:
-        shown: str = whole([token], skip_special_tokens=False)
+        shown: str = found.decode([token], skip_special_tokens=False)
         # part of a character is no text, and some ids are not the tokenizer's
         return shown if shown and "\ufffd" not in shown else piece(token) or str(token)
 

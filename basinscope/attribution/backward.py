@@ -23,7 +23,6 @@ from basinscope.models.forward import replaced_forward, token_logits
 
 WIDEST_BYTES = {"cpu": 2**22, "cuda": 2**26}  # of a pass's widest tensor; a CPU's must stay cached
 MOST_AT_ONCE = {"cpu": 16, "cuda": 64}  # targets; with more, layers of few leave copies unused
-
 SHORT = 32  # tokens
 KEPT_TARGETS = 64  # whose attributions wait to be added to the sums at once
 
@@ -369,6 +368,11 @@ def _by_component(gradients: Tensor, part: Components, seen: _Active) -> Tensor:
     slopes = part.slopes(gradients, seen.live).to(seen.activations.dtype)
     weighted = seen.weighted()
     attributions = slopes * weighted if part.U is None else slopes.mul_(weighted)  # else a gradient
+    return _summed(attributions)
+
+
+def _summed(attributions: Tensor) -> Tensor:
+    """The three sums over positions; takes the memory of what it is given."""
     signed, absolute = attributions.sum(2)
     return torch.stack([signed, absolute, attributions[0].square_().sum(1)])
 
@@ -388,9 +392,7 @@ def _by_feature(gradients: Tensor, weighted: Tensor) -> Tensor:
     """
     gradients = gradients.to(weighted.dtype)
     if len(weighted) == 1:
-        attributions = gradients * weighted
-        signed, absolute = attributions.sum(2)
-        return torch.stack([signed, absolute, attributions[0].square_().sum(1)])[None]
+        return _summed(gradients * weighted)[None]
     count = gradients.shape[1]
     by_feature = gradients.flatten(0, 1).permute(2, 0, 1).contiguous()  # (feature, 2 target, n)
     given = weighted.permute(2, 1, 0).contiguous()

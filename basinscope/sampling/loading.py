@@ -34,6 +34,29 @@ def load_model(name: str, dtype: str = "float32") -> Any:
     return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
 
 
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer for its texts.
+
+    Parameters
+    ----------
+    name : str
+        A directory, a ``tokenizer.json``, or a name on the hub.
+
+    Returns
+    -------
+    tokenizers.Tokenizer or transformers.PreTrainedTokenizerBase
+        The former, which takes neither transformers nor torch, wherever there is such a file.
+    """
+    file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    if file.is_file():
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(file))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
 def load_tokens(
     path: Path,
     tokenizer: str,
