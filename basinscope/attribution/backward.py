@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class _Active:
     importance: Tensor | None
     live: Columns
 
+    @cached_property
     def weighted(self) -> Tensor:
         """Activations times importance of what is live, (n, k)."""
         chosen = _columns(self.activations, self.live)
@@ -168,7 +170,7 @@ class BatchAttribution:
                 part = _by_component(gradient, self.components[source], active[source])
                 found[source] = active[source].live, part
         for sources in alike.values():
-            weighted = torch.stack([active[source].weighted() for source in sources])
+            weighted = torch.stack([active[source].weighted for source in sources])
             parts = _by_feature(gradients[sources[0]], weighted)
             found |= {source: (None, part) for source, part in zip(sources, parts, strict=True)}
         return found
@@ -366,7 +368,7 @@ def _by_component(gradients: Tensor, part: Components, seen: _Active) -> Tensor:
     elif rows is not None:
         gradients = gradients[..., torch.from_numpy(rows).to(gradients.device)]
     slopes = part.slopes(gradients, seen.live).to(seen.activations.dtype)
-    weighted = seen.weighted()
+    weighted = seen.weighted
     attributions = slopes * weighted if part.U is None else slopes.mul_(weighted)  # else a gradient
     return _summed(attributions)
 

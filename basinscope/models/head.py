@@ -166,12 +166,12 @@ def scale_and_cap(given: Tensor, made: Tensor, tolerance: float) -> tuple[float,
     scale = float(made.flatten()[smallest] / given.flatten()[smallest])
     straight = float(made.flatten()[largest] / given.flatten()[largest])
     if straight and _agree(made, straight * given, tolerance):
-        return _rounded(straight), None
+        return rounded(straight), None
     cap = float(made.flatten()[largest].abs())
     for _ in range(3):  # the slope at zero, for what the cap already bends there
         bent = float(cap * torch.tanh(scale * given.flatten()[smallest] / cap))
         scale *= float(made.flatten()[smallest]) / bent if bent else 1.0
-    scale, cap = _rounded(scale), _rounded(cap)
+    scale, cap = rounded(scale), rounded(cap)
     if cap > 0 and _agree(made, cap * torch.tanh(scale * given / cap), 4 * tolerance):
         return scale, cap
     raise NoLinearHeadError("its logits are no scaled or soft-capped output of its head")
@@ -186,10 +186,13 @@ def tolerance_of(made: Tensor) -> float:
     return 4 * max(torch.finfo(made.dtype).eps, torch.finfo(torch.float32).eps)
 
 
-def _rounded(value: float) -> float:
-    """The number that a configuration file would hold, where it is as good as the one found."""
-    for digits in range(1, 8):
-        short = float(f"{value:.{digits}g}")
-        if abs(short - value) <= 1.2e-7 * abs(value):
+def rounded(value: float, tolerance: float = 1.2e-7, digits: int = 7) -> float:
+    """The number that a configuration file would hold, where it is as good as the one found.
+
+    The shortest of at most so many digits, within the relative tolerance; else the value itself.
+    """
+    for count in range(1, digits + 1):
+        short = float(f"{value:.{count}g}")
+        if abs(short - value) <= tolerance * abs(value):
             return short
     return value

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.forward import evaluating, is_transformer_lens, token_logits, vocabulary_size
+from basinscope.models.head import rounded
 from basinscope.models.structure import (
     UnknownStructureError,
     attention_modules,
@@ -247,11 +248,5 @@ def _writers(
         error = float((change - scale * total).norm())
         if scale and error <= tolerance and (best is None or error < 0.99 * best[0]):
             names = (first.name if first else None, second.name if second else None)
-            best = (error, *names, _rounded(scale, rounding))
+            best = (error, *names, rounded(scale, rounding, digits=4))
     return best[1:] if best else None
-
-
-def _rounded(scale: float, tolerance: float) -> float:
-    """The number a configuration would hold: the shortest that is as good."""
-    short = (float(f"{scale:.{digits}g}") for digits in range(1, 5))
-    return next((number for number in short if abs(number / scale - 1) < tolerance), scale)
