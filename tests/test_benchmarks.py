@@ -15,6 +15,7 @@ from benchmarks import (
     attribution,
     harness,
     kernels,
+    layers,
     precision,
     restrictions,
     restrictions_memory,
@@ -122,6 +123,15 @@ def test_kernels_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for line in found:
             assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.01)
             assert line["floor_share"] == pytest.approx(line["floor_s"] / line["ours_s"], rel=0.01)
+
+
+def test_layers_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "layers.jsonl"
+    monkeypatch.setattr(sys, "argv", ["layers", "--toy", "--rounds", "1", "--out", str(out)])
+    layers.main()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["threads"] for line in lines} == {1, torch.get_num_threads()}
+    assert all(max(line["ours_error"], line["peer_error"]) < 1e-6 for line in lines)
 
 
 @pytest.mark.peer

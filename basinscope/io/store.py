@@ -17,9 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask.array as da
 import numpy as np
 import xarray as xr
 import zarr
@@ -30,6 +29,9 @@ from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
+
+if TYPE_CHECKING:
+    import dask.array as da
 
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 SCALED = {"scale_factor", "add_offset"}  # encodings under which values are not what is stored
@@ -121,6 +123,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _dask_array(stored: StoredArray) -> da.Array:
+    import dask.array as da  # 17 MiB that are not needed while a store is written
+
     return da.from_array(
         stored, chunks=stored.file_shape, name=f"{Path(stored.path).name}-{uuid.uuid4().hex}",
         asarray=True, fancy=False, meta=np.empty((0,) * stored.ndim, stored.dtype),

@@ -26,8 +26,12 @@ def report(console: Console) -> None:
         console.print("To sample: pip install 'basinscope[sampling]'", markup=False)
         return
     console.print(_devices())
+    from basinscope.kernels.linear import uses_onednn
+
+    layers = "oneDNN (torch's own choice leaves AVX-512 unused)" if uses_onednn() else "torch"
+    console.print(f"\nfloat32 linear layers on the CPU: {layers}")
     console.print(
-        f"\n{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads "
+        f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads "
         "(OMP_NUM_THREADS or torch.set_num_threads change that)"
     )
 

@@ -32,6 +32,7 @@ from basinscope.models.forward import to_device
 from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonFiniteLossError
 from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
+from basinscope.sampling.layers import quicken_linears
 from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
 from basinscope.sampling.prefix import PrefixCache, prefix_cache
@@ -169,6 +170,7 @@ class ChainRunner:
         self.job, self.model, self.store, self.writer = job, model, store, writer
         self.prefix = prefix
         self.checkpoint_every, self.stop, self.report = checkpoint_every, stop, report
+        quicken_linears(model)
         self.clock = PhaseClock()
         self.profiler = StepProfiler(profile, profile_steps, self.clock)
         config = job.config

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from basinscope.sampling.chain import perturb
 from basinscope.sampling.interrupt import StopRequest
 from basinscope.sampling.job import SamplingJob
+from basinscope.sampling.layers import quicken_linears
 
 
 def init_losses(
@@ -25,6 +26,7 @@ def init_losses(
         A working copy at the checkpoint; it is there again afterwards.
     """
     noise = job.config.init_noise
+    quicken_linears(model)
     if job.config.match_sampling_input_ids_across_chains and not noise and chains:
         torch.manual_seed(job.config.init_seed)  # only dropout uses torch's own generators
         shared = _mean_loss(job, model, chains[0], stop)

@@ -28,6 +28,7 @@ from basinscope.io.store import (
     require_same_settings,
 )
 from basinscope.io.writer import BackgroundWriter
+from basinscope.kernels.linear import uses_onednn
 from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.init_loss import init_losses
@@ -439,6 +440,7 @@ def _attributes(job: SamplingJob, settings: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": str(job.device),
         "loss": "loss_fn" if job.loss_fn else ("linear head" if job.head else "logits"),
+        "linear_layers": "onednn" if job.device.type == "cpu" and uses_onednn() else "torch",
     }
     if config.save_metrics:
         attributes["metrics_numel"] = moved_elements(job.model, job.masks)
