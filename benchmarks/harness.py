@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -26,9 +27,20 @@ PACKAGES = ("basinscope", "torch", "triton", "numba", "zarr", "transformers", "d
 
 
 def paired(
-    ours: Callable[[], object], peer: Callable[[], object], rounds: int, warmup: bool = True
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    rounds: int,
+    warmup: bool = True,
+    least_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Time two functions in turn.
+
+    Parameters
+    ----------
+    least_seconds : float
+        A turn of either is as many calls as last so long, of which the mean counts. What ran
+        before leaves caches cold and threads spinning for some milliseconds, which a single short
+        call would pay for.
 
     Returns
     -------
@@ -39,7 +51,8 @@ def paired(
     if warmup:
         ours()
         peer()
-    pairs = [(_seconds(ours), _seconds(peer)) for _ in range(rounds)]
+    calls = [_calls(work, least_seconds) for work in (ours, peer)]
+    pairs = [(_seconds(ours, calls[0]), _seconds(peer, calls[1])) for _ in range(rounds)]
     ratios = sorted(theirs / mine for mine, theirs in pairs)
     return {
         "ratio": round(statistics.median(ratios), 3),
@@ -139,7 +152,14 @@ def parser(description: str | None, results: str) -> argparse.ArgumentParser:
     return options
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _calls(work: Callable[[], object], least_seconds: float) -> int:
+    """How many calls last so long."""
+    return max(1, math.ceil(least_seconds / max(_seconds(work), 1e-6))) if least_seconds else 1
+
+
+def _seconds(work: Callable[[], object], calls: int = 1) -> float:
+    """Mean seconds of a call."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls

@@ -245,7 +245,8 @@ def _of_observable(samples: Samples, obs_id: str) -> da.Array:
     if at_init is not None:
         chained = dims.CHAIN in at_init.dims
         at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
-    value = delayed(_observable_llc)(lazy_totals(parts), shapes_of(parts), at_init, samples.n_beta)
+    totals = lazy_totals(parts, of_tokens=False)
+    value = delayed(_observable_llc)(totals, shapes_of(parts), at_init, samples.n_beta)
     return da.from_delayed(value, (), "float64")
 
 
