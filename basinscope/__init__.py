@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from basinscope.io.activation_store import open_activations
     from basinscope.io.attributions_merge import merge_attributions
     from basinscope.io.store import open_store
+    from basinscope.io.verify import verify
     from basinscope.lens import LogitLens
     from basinscope.models.activation_cache import ActivationCache
     from basinscope.models.extraction import ExtractionConfig, extract
@@ -47,6 +48,7 @@ _HOME = {
     "preview_weight_restriction": "basinscope.models.preview",
     "check_model": "basinscope.sampling.check",
     "open_store": "basinscope.io.store",
+    "verify": "basinscope.io.verify",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
     "extract": "basinscope.models.extraction",
     "ExtractionConfig": "basinscope.models.extraction",
@@ -91,6 +93,7 @@ __all__ = [
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",
+    "verify",
 ]
 
 

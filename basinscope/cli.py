@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -17,9 +18,14 @@ from basinscope import (
     cli_extract,
     cli_lens,
 )
-from basinscope.report.console import err, out, readable_errors, short_warnings
+from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
+
+if TYPE_CHECKING:
+    from basinscope.io.verify import Verification
 
 CHAIN_FAILED = 3  # exit code of a run in which a chain failed
+DAMAGED = 4  # exit code where a store is not what was written
+MOST_SHOWN = 20  # damaged files
 
 app = typer.Typer(
     help="Measure the loss basin around a trained model.",
@@ -61,6 +67,9 @@ def sample(
         str | None, typer.Option(help="Only these chains, as FIRST:END (for array jobs).")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that run chains.")] = None,
+    chains_at_once: Annotated[
+        int | None, typer.Option(help="Chains side by side in threads of one process, on a CPU.")
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Draws between checkpoints of a chain.")
     ] = None,
@@ -75,6 +84,7 @@ def sample(
         "restriction": restriction,
         "chains": chains,
         "workers": workers,
+        "chains_at_once": chains_at_once,
         "checkpoint_every": checkpoint_every,
         "device": device,
         "profile": profile,
@@ -89,8 +99,10 @@ def sample(
             tree, path = run_from_file(config, given)
         for warning in caught:
             err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
-        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
         complete = tree.attrs.get("completed") == 1
+        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught) or (
+            complete and tree.attrs.get("failed_chains")
+        )
         state = "complete" if complete else "not complete yet: other chains are to be sampled"
         out.print(f"{path} is {state}. Next: basinscope llc {path}", soft_wrap=True)
     if failed:
@@ -137,6 +149,41 @@ def info(store: StorePath) -> None:
             if seconds := total_seconds(records):
                 out.print()
                 out.print(phases_table(seconds))
+
+
+@app.command()
+def verify(
+    stores: Annotated[list[Path], typer.Argument(help="Stores of any kind.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Read whole stores and compare every checksum, after a copy or a crash; changes nothing.
+
+    Exit code 0 if all is as it was written (chains that are not finished are no damage), 4 if a
+    file is damaged or missing.
+    """
+    with readable_errors():
+        from basinscope.io.verify import verify as read_all
+
+        found = [read_all(store) for store in stores]
+        if as_json:
+            print_json([{**asdict(one), "path": str(one.path)} for one in found])
+        else:
+            for one in found:
+                _show_verification(one)
+    if any(one.damaged for one in found):
+        raise typer.Exit(DAMAGED)
+
+
+def _show_verification(found: Verification) -> None:
+    from dask.utils import format_bytes
+
+    what = f"{found.files:,} files of arrays, {format_bytes(found.bytes_read)}"
+    state = f"[red]{len(found.damaged)} damaged[/]" if found.damaged else "as they were written"
+    out.print(f"[bold]{escape(str(found.path))}[/]  {what}: {state}", soft_wrap=True)
+    for problem in (*found.damaged[:MOST_SHOWN], *found.unfinished):
+        out.print(f"  {escape(problem)}", soft_wrap=True, highlight=False)
+    if len(found.damaged) > MOST_SHOWN:
+        out.print(f"  and {len(found.damaged) - MOST_SHOWN} more: --json lists all")
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from basinscope.report.console import err, out, readable_errors, short_warnings
+from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -92,7 +91,7 @@ def llc(
                 {"llc": options, "stores": [str(store) for store in stores]},
             )
         if as_json:
-            print(json.dumps(found[0] if len(found) == 1 else found))
+            print_json(found[0] if len(found) == 1 else found)
 
 
 def bif(
@@ -170,15 +169,15 @@ def bif(
             _say_written(output, as_json)
         if between_tokens:
             if as_json:
-                print(json.dumps({"output": str(output), "shape": result["influences"].shape}))
+                print_json({"output": str(output), "shape": result["influences"].shape})
             return
         if top_k is None:
             pairs = influence_pairs(result, 10)
-            print(json.dumps(pairs)) if as_json else out.print(influence_table(pairs))
+            print_json(pairs) if as_json else out.print(influence_table(pairs))
         elif as_json:
             fields = ("influences", "partner_batch", "partner_target_position")
             figures = {name: result[name].to_numpy().tolist() for name in fields}
-            print(json.dumps(figures).replace("NaN", "null"))
+            print_json(figures)
         else:
             out.print(partner_table(result, queries=8, partners=3))
 
@@ -235,7 +234,7 @@ def susceptibilities(
         if output is not None:
             _say_written(output, as_json)
         figures = susceptibility_figures(result)
-        print(json.dumps(figures)) if as_json else out.print(susceptibility_table(figures))
+        print_json(figures) if as_json else out.print(susceptibility_table(figures))
 
 
 def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
@@ -353,7 +352,7 @@ def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
     from basinscope.report.tables import plan_table
 
     if as_json:
-        print(json.dumps({name: asdict(plan) for name, plan in plans.items()}))
+        print_json({name: asdict(plan) for name, plan in plans.items()})
         return
     for name, plan in plans.items():
         out.print(plan_table(name, plan))

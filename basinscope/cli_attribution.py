@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from basinscope.report.console import out, readable_errors, short_warnings
+from basinscope.report.console import out, print_json, readable_errors, short_warnings
 
 if TYPE_CHECKING:
     from basinscope.analysis.attribution import Attribution, AttributionStore
@@ -184,7 +183,7 @@ def top(
         else:
             raise ValueError("give --target KEY for its sources, or --source KEY for its targets")
         if as_json:
-            print(json.dumps([asdict(entry) for entry in found]))
+            print_json([asdict(entry) for entry in found])
         else:
             out.print(f"{title}: {sign} {metric} per token", soft_wrap=True, highlight=False)
             out.print(_table(found))

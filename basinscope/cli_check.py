@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from basinscope.report.console import out, readable_errors
+from basinscope.report.console import out, print_json, readable_errors
 
 FOUND_WARNINGS = 1  # exit code of a check that found something to change first
 
@@ -30,7 +29,7 @@ def check(
 
         report = check_from_file(config, batch_size=batch_size, device=device)
         if as_json:
-            print(json.dumps(asdict(report)))
+            print_json(asdict(report))
         else:
             out.print(report)
     if report.warnings:

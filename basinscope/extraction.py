@@ -21,6 +21,7 @@ from basinscope.models.structure import UnknownStructureError
 from basinscope.models.unembedding import find_unembedding
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
 from basinscope.sampling.job import check_vocabulary, describe_model
+from basinscope.sampling.layers import quick_linears
 from basinscope.sampling.progress import show_count
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def extract_dataset(
 
     def batch_at(begin: int) -> ActivationCache:
         numbers = range(begin, min(begin + batch_size, rows))
-        return extractor(torch.from_numpy(read_rows(dataset, numbers)))
+        with quick_linears(model):
+            return extractor(torch.from_numpy(read_rows(dataset, numbers)))
 
     see_batch = any(intervention.kind != "zero" for intervention in interventions)
     if see_batch and rows > batch_size and rows % batch_size:

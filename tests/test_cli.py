@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 import basinscope
-from basinscope.cli import CHAIN_FAILED, app
+from basinscope.cli import CHAIN_FAILED, DAMAGED, app
 from basinscope.io.store import SampleStore
 from basinscope.report.console import readable_errors, short_warnings
 from basinscope.sampling.run_file import parse_chains
@@ -95,11 +95,32 @@ def test_a_restriction_from_the_file_or_the_shell(folder: Path) -> None:
     assert not (folder / "w.zarr").exists()
 
 
+def test_verify_names_what_is_damaged(folder: Path) -> None:
+    store = folder / "v.zarr"
+    assert invoke("sample", write_plan(folder), "--out", store).exit_code == 0
+    sound = invoke("verify", store)
+    assert sound.exit_code == 0, sound.output
+    assert "as they were written" in sound.output
+    shard = next(f for f in (store / "sampling_loss" / "c" / "0").rglob("*") if f.is_file())
+    shard.write_bytes(shard.read_bytes()[:-7])
+    damaged = invoke("verify", store)
+    assert damaged.exit_code == DAMAGED
+    assert "1 damaged" in damaged.output
+    assert str(shard) in damaged.output.replace("\n", "")
+    as_json = invoke("verify", store, "--json")
+    assert as_json.exit_code == DAMAGED
+    (found,) = json.loads(as_json.output)
+    assert len(found["damaged"]) == 1
+    assert invoke("verify", folder / "none.zarr").exit_code == 2
+
+
 def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
     plan = write_plan(folder, sampler={**SAMPLER, "lr": 1e12})
     done = invoke("sample", plan, "--out", folder / "wild.zarr")
     assert done.exit_code == CHAIN_FAILED
     assert "3 of 3 chains failed" in done.output.replace("\n", " ")
+    again = invoke("sample", plan, "--out", folder / "wild.zarr")  # complete: nothing to do
+    assert again.exit_code == CHAIN_FAILED
     assert "failed" in invoke("info", folder / "wild.zarr").output
     llc = invoke("llc", folder / "wild.zarr")
     assert llc.exit_code == 2

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
 from dask.utils import parse_bytes
 
-CGROUP = Path("/sys/fs/cgroup")
+from basinscope.io.memory import free_memory
 
 
 def parse_memory_limit(limit: int | str | None) -> int:
@@ -38,14 +35,3 @@ def parse_memory_limit(limit: int | str | None) -> int:
     if found <= 0:
         raise ValueError(f"memory_limit={limit!r} leaves no memory: give a positive size")
     return found
-
-
-def free_memory(cgroup: Path = CGROUP) -> int:
-    """Bytes that are free on this machine, or in the control group that a job scheduler set."""
-    free = int(psutil.virtual_memory().available)
-    try:
-        most = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return free
-    return min(free, max(0, most - used))

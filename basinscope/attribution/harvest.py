@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor, nn
 
 from basinscope.attribution.backward import BatchAttribution, Importance
 from basinscope.io.attributions import AttributionWriter
 from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS
+from basinscope.io.memory import free_memory
 from basinscope.models.canonical import LinearMap, weight_of
 from basinscope.models.components import Components, neurons
 from basinscope.models.forward import evaluating, max_sequence_length, to_device, vocabulary_size
@@ -385,7 +385,7 @@ def _require_edges(
 def _require_memory(edges: Mapping[tuple[str, str], tuple[int, int]]) -> None:
     """Refuse sums that do not fit into what is free."""
     bytes_of = {edge: 8 * len(METRICS) * rows * columns for edge, (rows, columns) in edges.items()}
-    needed, free = sum(bytes_of.values()), psutil.virtual_memory().available
+    needed, free = sum(bytes_of.values()), free_memory()
     if needed > free:
         target, source = max(bytes_of, key=lambda edge: bytes_of[edge])
         raise ValueError(

@@ -100,6 +100,10 @@ class StoredArray:
             start[axis], stop[axis] = self.start[axis] + first, self.start[axis] + max(first, last)
         return self._with(start=tuple(start), stop=tuple(stop))
 
+    def file_of(self, index: Sequence[int]) -> str:
+        """Name the file at a place of the grid of files."""
+        return os.path.join(self.path, self.separator.join(("c", *map(str, index))))
+
     def written(self) -> StoredArray:
         """Make a chunk that was never written an error instead of a fill value."""
         return self._with(must_exist=True)
@@ -244,7 +248,7 @@ class _ChunkFile:
 
     def __init__(self, array: StoredArray, index: tuple[int, ...]) -> None:
         self.array = array
-        self.name = os.path.join(array.path, array.separator.join(("c", *map(str, index))))
+        self.name = array.file_of(index)
         self.descriptor: int | None = None
         self.spans: np.ndarray | None = None  # (chunks..., 2): offset and bytes, of a shard
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
-LEAST = 2**23  # multiplications that gain more than a call from Python costs
+LEAST = 2**24  # multiplications that gain more than a call from Python costs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         one in float32 on a CPU, else by torch itself: under autocast, ``torch.func`` and
         ``torch.compile`` too.
     """
-    if not _fits(x, weight, bias):
+    if x.numel() * weight.shape[0] < LEAST or not _fits(x, weight, bias):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled():
         made: Tensor = _Linear.apply(x, weight, bias)
@@ -84,7 +84,6 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.ndim > 1
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
-        and x.numel() * len(weight) >= LEAST
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

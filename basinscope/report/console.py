@@ -25,7 +25,7 @@ def readable_errors() -> Iterator[None]:
         return
     try:
         yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ModuleNotFoundError) as error:
         err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         err.print("[dim]BASINSCOPE_TRACEBACK=1 shows where this was raised.[/]")
         raise typer.Exit(2) from None

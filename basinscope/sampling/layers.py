@@ -1,34 +1,62 @@
-"""Linear layers of a working copy take their products where they are fastest."""
+"""Linear layers of a model take their products where they are fastest."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from basinscope.kernels import linear as kernel
 from basinscope.kernels.linear import linear, uses_onednn
 
+TOKENS = 2048  # of a usual forward pass; a layer that is small with so many is left alone
 
-def quicken_linears(model: nn.Module) -> None:
-    """Let every plain linear layer of a model use `basinscope.kernels.linear`, for good.
 
-    ``nn.Linear`` and the ``Conv1D`` of Hugging Face, on a CPU; layers that do something else,
-    subclasses included, stay as they are, as do all where torch's own products are the fastest.
+@contextmanager
+def quick_linears(model: nn.Module) -> Iterator[None]:
+    """Have a model's linear layers quickened inside the block, and as they were after it."""
+    replaced = quicken_linears(model)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del vars(module)["forward"]
+
+
+def quicken_linears(model: nn.Module) -> list[nn.Module]:
+    """Let every plain linear layer of a model use `basinscope.kernels.linear`.
+
+    ``nn.Linear`` and the ``Conv1D`` of Hugging Face, on a CPU; small layers and those that do
+    something else, subclasses included, stay as they are, as do all where torch's own products are
+    the fastest.
+
+    Returns
+    -------
+    list of nn.Module
+        The layers whose ``forward`` was replaced now.
     """
+    replaced: list[nn.Module] = []
     if not uses_onednn():
-        return
+        return replaced
     conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for module in model.modules():
         own: dict[str, Any] = vars(module)
-        elsewhere = any(p.device.type != "cpu" for p in module.parameters(recurse=False))
-        if "forward" in own or elsewhere:
+        weight = getattr(module, "weight", None)
+        if "forward" in own or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+            continue
+        if weight.numel() * TOKENS < kernel.LEAST:
             continue
         if type(module).forward is nn.Linear.forward:
             own["forward"] = partial(_linear, module)
+            replaced.append(module)
         elif conv is not None and type(module).forward is conv.forward:
             own["forward"] = partial(_transposed, module)
+            replaced.append(module)
+    return replaced
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:

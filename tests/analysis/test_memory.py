@@ -7,7 +7,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from basinscope.analysis.memory import free_memory, parse_memory_limit
+from basinscope.analysis.memory import parse_memory_limit
+from basinscope.io.memory import free_memory
 
 NO_LIMIT = Path("/nowhere")
 

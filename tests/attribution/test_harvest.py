@@ -474,7 +474,7 @@ def test_wrong_components_and_data_are_refused(tmp_path: Path) -> None:
 def test_sums_larger_than_the_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(harvest.psutil, "virtual_memory", lambda: type("", (), {"available": 9999}))
+    monkeypatch.setattr(harvest, "free_memory", lambda: 9999)
     with pytest.raises(ValueError, match=r"the largest, from embed to 0\.mlp\.up, .* fewer"):
         harvested(built("gpt2"), token_rows(3, 5, seed=15), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -12,9 +12,12 @@ from torch.nn import functional
 from basinscope.kernels import linear as module
 from basinscope.kernels.linear import linear, uses_onednn
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+    ),
+    pytest.mark.filterwarnings("ignore:TF32"),  # torch's own, from its switch
+]
 # (leading dimensions, width, outputs)
 SHAPES = [((1, 1), 1, 1), ((7, 5), 3, 2), ((3, 65), 70, 33), ((130,), 128, 257), ((2, 3, 4), 9, 9)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 import basinscope
 from basinscope.kernels import linear as kernel
 from basinscope.models.forward import token_logits
-from basinscope.sampling.layers import quicken_linears
+from basinscope.sampling.layers import quick_linears, quicken_linears
 from tests.conftest import token_rows
 from tests.models_small import VOCABULARY, tiny_model
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN"
+    ),
+    pytest.mark.filterwarnings("ignore:TF32"),  # torch's own, from its switch
+]
 
 
 @pytest.fixture
@@ -62,6 +66,19 @@ def test_logits_and_gradients_are_the_models(
     assert len(made) == 3 * layers
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+def test_inside_a_block_only(made: list[tuple[int, ...]]) -> None:
+    model = tiny_model("gpt2")
+    ids = torch.randint(VOCABULARY, (3, 9))
+    with suppress(IndexError), quick_linears(model):
+        token_logits(model, ids)
+        assert made
+        made.clear()
+        token_logits(model, torch.full((3, 9), VOCABULARY))  # an unknown id
+    assert not any("forward" in vars(module) for module in model.modules())
+    token_logits(model, ids)
+    assert not made
 
 
 class Doubled(nn.Linear):

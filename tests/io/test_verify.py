@@ -1,0 +1,135 @@
+"""Every damage is found and named, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import basinscope
+from basinscope.io.store import FAILED, RUNNING, SampleStore
+from basinscope.io.verify import verify
+from tests.conftest import token_rows
+from tests.models_small import tiny_model
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of three chains, two files of 50 draws to a chain."""
+    path = tmp_path_factory.mktemp("verify") / "samples.zarr"
+    basinscope.sample(
+        tiny_model("raw"),
+        token_rows(48, 9, seed=1),
+        {"first": token_rows(30, 9, seed=2)},
+        lr=1e-3,
+        n_beta=10.0,
+        num_chains=3,
+        num_draws=70,
+        batch_size=4,
+        save_metrics=True,
+        device="cpu",
+        output_path=path,
+        progress=False,
+    )
+    return path
+
+
+@pytest.fixture
+def store(sampled: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sampled, tmp_path / "copy.zarr"))
+
+
+def data_files(store: Path) -> list[Path]:
+    return [f for f in sorted(store.rglob("*")) if f.is_file() and f.name != "zarr.json"]
+
+
+def test_a_whole_store_is_as_it_was_written(store: Path) -> None:
+    found = verify(store)
+    files = data_files(store)
+    assert (found.damaged, found.unfinished) == ((), ())
+    assert found.files == len(files)
+    assert found.bytes_read == sum(file.stat().st_size for file in files)
+    assert data_files(store) == files
+
+
+def test_every_file_that_is_damaged_or_missing_is_named(store: Path) -> None:
+    rng = np.random.default_rng(0)
+    for file in data_files(store):
+        content = file.read_bytes()
+        damaged = bytearray(content)
+        damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
+        for wrong in (bytes(damaged), content[: len(content) // 2], None):
+            file.unlink()
+            if wrong is not None:
+                file.write_bytes(wrong)
+            elif "n_beta" in file.parts:  # a scalar, which reads as NaN
+                file.write_bytes(content)
+                continue
+            (problem,) = verify(store).damaged
+            # what only zarr-python reads is named by its array
+            assert str(file) in problem or str(file.parent) in problem, problem
+            file.write_bytes(content)
+    assert not verify(store).damaged
+
+
+def test_a_damaged_record_or_metadata_is_named(store: Path) -> None:
+    for file in (store / "loss_first" / "zarr.json", store / "chains" / "1" / "zarr.json"):
+        content = file.read_text()
+        file.write_text(content[:-20])
+        assert any(str(file.parent) in problem for problem in verify(store).damaged)
+        file.write_text(content)
+
+
+def test_chains_that_are_not_done_are_no_damage(store: Path) -> None:
+    """Files behind the last row that is recorded may be absent, those before it may not."""
+    samples = SampleStore(store)
+    files = sorted((store / "loss_first" / "c" / "1").rglob("*"))
+    first, second = (file for file in files if file.is_file())
+    samples.update_record(1, state=RUNNING, draws_written=35, steps_written=35)
+    second.unlink()
+    for name in ("sampling_loss", "sampling_loss_micro"):
+        (store / name / "c" / "1" / "1" / "0" / "0").unlink()
+    found = verify(store)
+    assert not found.damaged
+    assert found.unfinished == ("chain 1 is unfinished (35 draws can be resumed)",)
+    samples.update_record(1, state=FAILED, failed_step=35, reason="loss is nan")
+    assert verify(store).unfinished == ("chain 1 failed at step 35 (loss is nan)",)
+    samples.update_record(1, draws_written=36)
+    problems = verify(store).damaged  # of loss_first and of sampling_loss
+    assert len(problems) == 2
+    assert any(str(second) in problem for problem in problems)
+    first.unlink()
+    assert len(verify(store).damaged) == 3
+
+
+def test_stores_that_keep_no_records(tmp_path: Path) -> None:
+    """Results, and what others wrote: checksums alone; absent chunks are fill values."""
+    rng = np.random.default_rng(0)
+    values = xr.DataArray(rng.standard_normal((6, 5)), dims=("a", "b"))
+    datasets = {"/": xr.Dataset({"x": values}), "/deep/er": xr.Dataset({"y": values})}
+    tree = xr.DataTree.from_dict(datasets)
+    tree.to_zarr(tmp_path / "tree.zarr", consolidated=False, zarr_format=3)
+    found = verify(tmp_path / "tree.zarr")
+    assert (found.files, found.damaged) == (2, ())
+    group = zarr.open_group(tmp_path / "packed.zarr", mode="w")
+    packed = group.create_array(
+        "z", shape=(7, 3), chunks=(2, 3), dtype="float64", compressors=zarr.codecs.GzipCodec()
+    )
+    packed[:4] = 1.5
+    found = verify(tmp_path / "packed.zarr")
+    assert (found.files, found.damaged) == (2, ())
+    (tmp_path / "packed.zarr" / "z" / "c" / "1" / "0").write_bytes(b"no gzip")
+    (problem,) = verify(tmp_path / "packed.zarr").damaged
+    assert "packed.zarr/z is damaged" in problem
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no store at"):
+        verify(tmp_path / "none.zarr")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(ValueError, match="is no Zarr v3 store"):
+        verify(tmp_path / "notes")
