@@ -158,18 +158,22 @@ def verify(
 ) -> None:
     """Read whole stores and compare every checksum, after a copy or a crash; changes nothing.
 
-    Exit code 0 if all is as it was written (chains that are not finished are no damage), 4 if a
-    file is damaged or missing.
+    Exit code 0: all is as it was written (unfinished chains are no damage).
+    4: a file is damaged or missing.
     """
     with readable_errors():
+        from basinscope.io.verify import require_zarr
         from basinscope.io.verify import verify as read_all
 
-        found = [read_all(store) for store in stores]
+        for store in stores:
+            require_zarr(store)
+        found = []
+        for store in stores:
+            found.append(read_all(store))
+            if not as_json:
+                _show_verification(found[-1])
         if as_json:
             print_json([{**asdict(one), "path": str(one.path)} for one in found])
-        else:
-            for one in found:
-                _show_verification(one)
     if any(one.damaged for one in found):
         raise typer.Exit(DAMAGED)
 

@@ -70,10 +70,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         If it is no Zarr v3 store.
     """
     root = Path(path)
-    if not root.exists():
-        raise FileNotFoundError(f"there is no store at {root}")
-    if not (root / "zarr.json").is_file():
-        raise ValueError(f"{root} is no Zarr v3 store: it has no zarr.json")
+    require_zarr(root)
     damaged: list[str] = []
     records: dict[int, dict[str, Any]] = {}
     try:
@@ -98,6 +95,14 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         (*damaged, *(problem for _, _, problem in read if problem)),
         tuple(f"chain {chain} {gap}" for chain, gap in describe_gaps(records).items()),
     )
+
+
+def require_zarr(path: Path) -> None:
+    """Refuse what is no Zarr v3 store, as :func:`verify` does."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no store at {path}")
+    if not (path / "zarr.json").is_file():
+        raise ValueError(f"{path} is no Zarr v3 store: it has no zarr.json")
 
 
 def _arrays(root: Path, damaged: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
