@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from basinscope.kernels import linear as kernel
@@ -30,9 +31,9 @@ def quick_linears(model: nn.Module) -> Iterator[None]:
 def quicken_linears(model: nn.Module) -> list[nn.Module]:
     """Let every plain linear layer of a model use `basinscope.kernels.linear`.
 
-    ``nn.Linear`` and the ``Conv1D`` of Hugging Face, on a CPU; small layers and those that do
-    something else, subclasses included, stay as they are, as do all where torch's own products are
-    the fastest.
+    ``nn.Linear`` and the ``Conv1D`` of Hugging Face, in float32 on a CPU. Small layers and those
+    that do something else, subclasses included, stay as they are, as do all where torch's own
+    products are the fastest.
 
     Returns
     -------
@@ -42,21 +43,21 @@ def quicken_linears(model: nn.Module) -> list[nn.Module]:
     replaced: list[nn.Module] = []
     if not uses_onednn():
         return replaced
-    conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    quick: dict[Any, Callable[[Any, Tensor], Tensor]] = {nn.Linear.forward: _linear}
+    if (pytorch_utils := sys.modules.get("transformers.pytorch_utils")) is not None:
+        quick[pytorch_utils.Conv1D.forward] = _transposed
     for module in model.modules():
+        forward = quick.get(type(module).forward)
         own: dict[str, Any] = vars(module)
-        weight = getattr(module, "weight", None)
-        if "forward" in own or not isinstance(weight, Tensor) or weight.device.type != "cpu":
-            continue
-        if weight.numel() * TOKENS < kernel.LEAST:
-            continue
-        if type(module).forward is nn.Linear.forward:
-            own["forward"] = partial(_linear, module)
-            replaced.append(module)
-        elif conv is not None and type(module).forward is conv.forward:
-            own["forward"] = partial(_transposed, module)
+        if forward is not None and "forward" not in own and _gains(module.weight):
+            own["forward"] = partial(forward, module)
             replaced.append(module)
     return replaced
+
+
+def _gains(weight: Any) -> bool:
+    large = weight.numel() * TOKENS >= kernel.LEAST
+    return bool(large and weight.device.type == "cpu" and weight.dtype == torch.float32)
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
