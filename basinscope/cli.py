@@ -158,8 +158,8 @@ def verify(
 ) -> None:
     """Read whole stores and compare every checksum, after a copy or a crash; changes nothing.
 
-    Exit code 0: all is as it was written (unfinished chains are no damage).
-    4: a file is damaged or missing.
+    In a sampling store missing files are found too; unfinished chains are no damage.
+    Exit code 0: nothing wrong was found. 4: something is damaged or missing.
     """
     with readable_errors():
         from basinscope.io.verify import require_zarr
@@ -182,7 +182,16 @@ def _show_verification(found: Verification) -> None:
     from dask.utils import format_bytes
 
     what = f"{found.files:,} files of arrays, {format_bytes(found.bytes_read)}"
-    state = f"[red]{len(found.damaged)} damaged[/]" if found.damaged else "as they were written"
+    if found.damaged:
+        state = f"[red]{len(found.damaged)} damaged or missing[/]"
+    elif found.complete and not found.unchecked:
+        state = "as they were written"
+    else:
+        state = "none is damaged"
+    if found.unchecked:
+        state += f"; {found.unchecked:,} carry no checksum"
+    if not found.complete:
+        state += "; whether some are missing, a store of this kind does not tell"
     out.print(f"[bold]{escape(str(found.path))}[/]  {what}: {state}", soft_wrap=True)
     for problem in (*found.damaged[:MOST_SHOWN], *found.unfinished):
         out.print(f"  {escape(problem)}", soft_wrap=True, highlight=False)

@@ -201,13 +201,15 @@ def _train_with_progress(
 ) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from basinscope.sampling.layers import quick_linears
+
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(
         f"GPT-NeoX over bytes, {scale.num_layers} layers of width {scale.hidden_size}, "
         f"{size:,} parameters: {scale.train_steps:,} steps of AdamW."
     )
     columns = TextColumn("  loss {task.fields[loss]:.2f}"), BarColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress, quick_linears(model):
         task = progress.add_task("", total=scale.train_steps, loss=math.log(VOCAB))
         losses = train_model(
             model, rows, scale, lambda loss: progress.update(task, advance=1, loss=loss)

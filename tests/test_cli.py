@@ -105,7 +105,7 @@ def test_verify_names_what_is_damaged(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-7])
     damaged = invoke("verify", store)
     assert damaged.exit_code == DAMAGED
-    assert "1 damaged" in damaged.output
+    assert "1 damaged or missing" in damaged.output
     assert str(shard) in damaged.output.replace("\n", "")
     as_json = invoke("verify", store, "--json")
     assert as_json.exit_code == DAMAGED

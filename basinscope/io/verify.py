@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.base
 import zarr
@@ -16,7 +16,8 @@ from dask.delayed import delayed
 
 from basinscope.io import dims
 from basinscope.io.results import progress_bar
-from basinscope.io.store import describe_gaps, records_of
+from basinscope.io.schema import METRICS
+from basinscope.io.store import describe_gaps, new_record
 from basinscope.io.stored import DamagedStoreError, StoredArray, open_stored
 
 WRITTEN_ROWS = {dims.DRAW: "draws_written", dims.STEP: "steps_written"}
@@ -34,9 +35,14 @@ class Verification:
     bytes_read : int
         Of them, as they are on disk.
     damaged : tuple of str
-        What is wrong, a sentence for each file.
+        What is wrong, a sentence for each file or record.
     unfinished : tuple of str
         Chains that are not done, and why: no damage.
+    unchecked : int
+        Files that carry no checksum of their own: they could be decoded, no more is known.
+    complete : bool
+        Whether the store tells which files it must have, so that missing ones are among
+        ``damaged``: stores of :func:`basinscope.sample` do.
     """
 
     path: Path
@@ -44,14 +50,17 @@ class Verification:
     bytes_read: int
     damaged: tuple[str, ...]
     unfinished: tuple[str, ...]
+    unchecked: int
+    complete: bool
 
 
 def verify(path: str | os.PathLike[str]) -> Verification:
     """Read and decode every file of a store; changes nothing.
 
-    Checksums are compared wherever there are some. In a sampling store a chunk is missing if a
-    chain's record says that it was written. Files are tasks of Dask's scheduler, so they are read
-    side by side, on a cluster too.
+    Checksums are compared wherever there are some. In a store of :func:`basinscope.sample` arrays,
+    records, and chunks that a chain's record says were written must be there; in others, absent
+    files cannot be told from those that were never written. Files are tasks of Dask's scheduler,
+    so they are read side by side, on a cluster too.
 
     Parameters
     ----------
@@ -72,29 +81,84 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     root = Path(path)
     require_zarr(root)
     damaged: list[str] = []
-    records: dict[int, dict[str, Any]] = {}
-    try:
-        records = records_of(root)
-    except (OSError, KeyError, ValueError) as error:
-        damaged.append(f"{root / 'chains'}: a chain's record cannot be read: {error}")
+    config = _config(root)
+    records = _records(root, config, damaged) if config else {}
+    if config:
+        for name in ("chains", *_names(config)):
+            file = root / name / "zarr.json"
+            if not file.is_file():
+                damaged.append(f"{file if file.parent.is_dir() else file.parent} is missing")
     tasks = []
-    for directory, metadata in _arrays(root, damaged):
+    for directory, metadata in _arrays(root, records, damaged):
         stored = open_stored(directory)
+        due = records if directory.parent == root else {}
         if stored is None:
-            tasks.append(delayed(_read_by_zarr)(directory))
-        else:
-            due = records if directory.parent == root else {}
-            names = tuple(metadata.get("dimension_names") or ())
-            tasks += [delayed(_read)(name, parts) for name, parts in _files(stored, names, due)]
+            tasks.append(delayed(_read_by_zarr)(directory, _inputs_written(due)))
+            continue
+        names = tuple(metadata.get("dimension_names") or ())
+        of_checkpoint = directory.parent.parent.parent == root / "chains"
+        for name, parts in _files(stored, names, due):
+            whole = [part.written() for part in parts] if of_checkpoint else parts
+            tasks.append(delayed(_read)(name, whole))
     with progress_bar():
         read = dask.base.compute(*tasks)
     return Verification(
         root,
-        sum(files for files, _, _ in read),
-        sum(size for _, size, _ in read),
-        (*damaged, *(problem for _, _, problem in read if problem)),
+        sum(one.files for one in read),
+        sum(one.bytes_read for one in read),
+        (*damaged, *(one.problem for one in read if one.problem)),
         tuple(f"chain {chain} {gap}" for chain, gap in describe_gaps(records).items()),
+        sum(one.files for one in read if not one.has_checksum),
+        bool(config),
     )
+
+
+class _Read(NamedTuple):
+    """What reading one file, or one array, found."""
+
+    files: int
+    bytes_read: int
+    has_checksum: bool
+    problem: str | None
+
+
+def _config(root: Path) -> dict[str, Any]:
+    """Read the settings of a store of :func:`basinscope.sample`; of any other store none."""
+    try:
+        attributes = json.loads((root / "zarr.json").read_text())["attributes"]
+        config: dict[str, Any] = attributes["metadata"]["config"]
+        # estimates carry the settings on, but not where the chains ran
+        ours = {"created_by", "device"} <= attributes.keys() and "num_chains" in config["sampler"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return config if ours else {}
+
+
+def _names(config: Mapping[str, Any]) -> list[str]:
+    """Name the arrays that a sampling store of these settings has."""
+    names = ["init_loss", "n_beta", "sampling_loss", "sampling_loss_micro", "sampling_rows"]
+    for observable in config["observables"]:
+        names += [f"loss_{observable['obs_id']}", f"input_ids_{observable['obs_id']}"]
+    if config["sampler"].get("save_metrics"):
+        names += [f"metrics_{name}" for name in METRICS]
+    return names
+
+
+def _records(
+    root: Path, config: Mapping[str, Any], damaged: list[str]
+) -> dict[int, dict[str, Any]]:
+    """Read the records of all chains; add to ``damaged`` those that are absent or no records."""
+    records = {}
+    for chain in range(int(config["sampler"]["num_chains"])):
+        file = root / "chains" / str(chain) / "zarr.json"
+        try:
+            record = json.loads(file.read_text())["attributes"]
+            if missing := new_record().keys() - record.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+            records[chain] = record
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged.append(f"{file} is damaged, the record of chain {chain}: {error!r}")
+    return records
 
 
 def require_zarr(path: Path) -> None:
@@ -105,22 +169,38 @@ def require_zarr(path: Path) -> None:
         raise ValueError(f"{path} is no Zarr v3 store: it has no zarr.json")
 
 
-def _arrays(root: Path, damaged: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Find all arrays and their metadata; add to ``damaged`` where the latter cannot be read."""
-    for directory, folders, files in os.walk(root):
-        folders.sort()
+def _arrays(
+    root: Path, records: Mapping[int, Mapping[str, Any]], damaged: list[str]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Find all arrays and their metadata; add to ``damaged`` where the latter cannot be read.
+
+    Of a chain's checkpoints, which come and go while it runs, the one that its record names.
+    """
+    named = {root / "chains" / str(c) / str(r["checkpoint"]) for c, r in records.items()}
+    for where, folders, files in os.walk(root):
+        directory = Path(where)
+        folders[:] = sorted(
+            folder
+            for folder in folders
+            if not folder.startswith("checkpoint_") or directory / folder in named
+        )
+        file = directory / "zarr.json"
         if "zarr.json" not in files:
+            if "c" in folders:
+                if not (records and directory.parent == root):  # said already
+                    damaged.append(f"{directory} has chunks and no zarr.json")
+                folders.clear()
             continue
-        file = Path(directory) / "zarr.json"
         try:
             metadata = json.loads(file.read_text())
             is_array = metadata["node_type"] == "array"
         except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged.append(f"{file} is damaged: {error}")
+            if not (records and directory.parent == root / "chains"):  # said already, as a record
+                damaged.append(f"{file} is damaged: {error!r}")
             continue
         if is_array:
             folders.clear()
-            yield Path(directory), metadata
+            yield directory, metadata
 
 
 def _files(
@@ -160,12 +240,15 @@ def _rows_due(
     if of_chain and len(names) > 1 and names[1] in WRITTEN_ROWS:
         return int(records[corner[0]][WRITTEN_ROWS[names[1]]])
     # inputs and the loss at the checkpoint, which come before the first step
-    some = [records[corner[0]]] if of_chain else list(records.values())
-    return None if any(record["init_loss_written"] for record in some) else 0
+    some = {corner[0]: records[corner[0]]} if of_chain else records
+    return None if _inputs_written(some) else 0
 
 
-def _read(name: str, parts: list[StoredArray]) -> tuple[int, int, str | None]:
-    """Read one file: whether it is there, its bytes, and what is wrong with it."""
+def _inputs_written(records: Mapping[int, Mapping[str, Any]]) -> bool:
+    return any(record["init_loss_written"] for record in records.values())
+
+
+def _read(name: str, parts: list[StoredArray]) -> _Read:
     problem = None
     try:
         for part in parts:
@@ -174,21 +257,25 @@ def _read(name: str, parts: list[StoredArray]) -> tuple[int, int, str | None]:
     except (DamagedStoreError, OSError) as error:
         problem = str(error)
     try:
-        return 1, os.stat(name).st_size, problem
+        size = os.stat(name).st_size
     except OSError:
-        return 0, 0, problem
+        return _Read(0, 0, True, problem)
+    return _Read(1, size, "crc32c" in parts[0].filters, problem)
 
 
-def _read_by_zarr(directory: Path) -> tuple[int, int, str | None]:
+def _read_by_zarr(directory: Path, due: bool) -> _Read:
     """Read an array of a layout that sampling stores do not use, a file at a time."""
     files = [file for file in directory.rglob("*") if file.is_file() and file.name != "zarr.json"]
     sizes = [file.stat().st_size for file in files]
+    problem = f"{directory} lacks its values" if due and not files else None
+    checked = False
     try:
         array: Any = zarr.open_array(directory, mode="r")
+        checked = any("Crc32c" in type(codec).__name__ for codec in array.compressors)
         extent = array.shards or array.chunks
         grid = (range(0, size, n) for size, n in zip(array.shape, extent, strict=True))
         for corner in product(*grid):
             array[tuple(slice(a, a + n) for a, n in zip(corner, extent, strict=True))]
     except Exception as error:  # whatever a codec raises on bytes that are not its own
-        return len(sizes), sum(sizes), f"{directory} is damaged: {error}"
-    return len(sizes), sum(sizes), None
+        problem = f"{directory} is damaged: {error!r}"
+    return _Read(len(sizes), sum(sizes), checked, problem)

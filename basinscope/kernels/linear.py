@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.overrides import has_torch_function
 
@@ -34,15 +35,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     -------
     Tensor
         Shape (..., V); differentiable. By oneDNN where :func:`uses_onednn` and the layer is a large
-        one in float32 on a CPU, else by torch itself: under autocast, ``torch.func`` and
-        ``torch.compile`` too.
+        one in float32 on a CPU, else by torch itself: under autocast, ``torch.func``,
+        ``torch.compile`` and forward-mode differentiation too.
     """
     if x.numel() * weight.shape[0] < LEAST or not _fits(x, weight, bias):
         return functional.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        made: Tensor = _Linear.apply(x, weight, bias)
-        return made
-    return _product(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    make = _Linear.apply if torch.is_grad_enabled() else _product
+    made: Tensor = make(rows, weight, bias)
+    # a view that autograd knows of, so that whoever is given it may change it in place
+    return made.view(*x.shape[:-1], len(weight))
 
 
 def uses_onednn() -> bool:
@@ -56,18 +58,18 @@ def uses_onednn() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        rows, flat = upstream.flatten(0, -2), x.flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            linear(rows, weight.t()).view(x.shape) if wanted[0] else None,
-            linear(rows.t(), flat.t()) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
+            linear(upstream, weight.t()) if of_x else None,
+            linear(upstream.t(), x.t()) if of_weight else None,
+            upstream.sum(0) if of_bias else None,
         )
 
 
@@ -81,11 +83,15 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         uses_onednn()
         and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in given)
+        and all(t.layout == torch.strided for t in given)
         and x.ndim > 1
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
         and not torch._C._are_functorch_transforms_active()
         and not has_torch_function(given)
     )

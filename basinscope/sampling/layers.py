@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from basinscope.kernels import linear as kernel
 from basinscope.kernels.linear import linear, uses_onednn
@@ -43,7 +44,7 @@ def quicken_linears(model: nn.Module) -> list[nn.Module]:
     replaced: list[nn.Module] = []
     if not uses_onednn():
         return replaced
-    quick: dict[Any, Callable[[Any, Tensor], Tensor]] = {nn.Linear.forward: _linear}
+    quick: dict[Any, Callable[..., Tensor]] = {nn.Linear.forward: _linear}
     if (pytorch_utils := sys.modules.get("transformers.pytorch_utils")) is not None:
         quick[pytorch_utils.Conv1D.forward] = _transposed
     for module in model.modules():
@@ -56,12 +57,14 @@ def quicken_linears(model: nn.Module) -> list[nn.Module]:
 
 
 def _gains(weight: Any) -> bool:
+    if not isinstance(weight, Tensor) or is_lazy(weight):  # not there, or not yet
+        return False
     large = weight.numel() * TOKENS >= kernel.LEAST
-    return bool(large and weight.device.type == "cpu" and weight.dtype == torch.float32)
+    return large and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _linear(module: Any, x: Tensor) -> Tensor:
-    return linear(x, module.weight, module.bias)
+def _linear(module: Any, input: Tensor) -> Tensor:  # as nn.Linear calls it
+    return linear(input, module.weight, module.bias)
 
 
 def _transposed(module: Any, x: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 import zarr
 
 import basinscope
 from basinscope.io.store import FAILED, RUNNING, SampleStore
 from basinscope.io.verify import verify
+from basinscope.sampling.losses import next_token_loss
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
@@ -50,7 +52,7 @@ def data_files(store: Path) -> list[Path]:
 def test_a_whole_store_is_as_it_was_written(store: Path) -> None:
     found = verify(store)
     files = data_files(store)
-    assert (found.damaged, found.unfinished) == ((), ())
+    assert (found.damaged, found.unfinished, found.unchecked, found.complete) == ((), (), 0, True)
     assert found.files == len(files)
     assert found.bytes_read == sum(file.stat().st_size for file in files)
     assert data_files(store) == files
@@ -66,9 +68,6 @@ def test_every_file_that_is_damaged_or_missing_is_named(store: Path) -> None:
             file.unlink()
             if wrong is not None:
                 file.write_bytes(wrong)
-            elif "n_beta" in file.parts:  # a scalar, which reads as NaN
-                file.write_bytes(content)
-                continue
             (problem,) = verify(store).damaged
             # what only zarr-python reads is named by its array
             assert str(file) in problem or str(file.parent) in problem, problem
@@ -82,6 +81,70 @@ def test_a_damaged_record_or_metadata_is_named(store: Path) -> None:
         file.write_text(content[:-20])
         assert any(str(file.parent) in problem for problem in verify(store).damaged)
         file.write_text(content)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    ["loss_first", "loss_first/zarr.json", "sampling_loss", "init_loss", "metrics_noise", "chains",
+     "chains/0", "chains/0/zarr.json", "chains/zarr.json"],
+)  # fmt: skip
+def test_whole_parts_that_are_missing_are_named(gone: str, store: Path) -> None:
+    path = store / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert any(str(store / gone) in problem for problem in verify(store).damaged)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"attributes": {}}', "[]", "null", '{"attributes": null}']
+)
+def test_one_record_that_is_none_hides_no_other_damage(content: str, store: Path) -> None:
+    (store / "chains" / "1" / "zarr.json").write_text(content)
+    shard = next(f for f in (store / "loss_first" / "c" / "2").rglob("*") if f.is_file())
+    shard.unlink()
+    record, missing = sorted(verify(store).damaged, key=lambda problem: "record" not in problem)
+    assert "the record of chain 1" in record
+    assert str(shard) in missing
+
+
+def test_of_checkpoints_the_one_that_counts_is_read(tmp_path: Path) -> None:
+    class StopError(Exception):
+        pass
+
+    calls = 0
+
+    def stopping(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 60:
+            raise StopError
+        return next_token_loss(model, ids)
+
+    path = tmp_path / "stopped.zarr"
+    with pytest.raises(StopError):
+        basinscope.sample(
+            tiny_model("raw"),
+            token_rows(48, 9, seed=1),
+            {},
+            lr=1e-3,
+            n_beta=10.0,
+            num_chains=1,
+            num_draws=70,
+            batch_size=4,
+            loss_fn=stopping,
+            checkpoint_every=5,
+            device="cpu",
+            output_path=path,
+            progress=False,
+        )
+    named = path / "chains" / "0" / SampleStore(path).record(0)["checkpoint"]
+    (other,) = {*(path / "chains" / "0").glob("checkpoint_*")} - {named}
+    assert not verify(path).damaged
+    for directory, problems in ((other, 0), (named, 1)):
+        for file in (f for f in directory.rglob("c/*") if f.is_file()):
+            content = file.read_bytes()
+            file.unlink()
+            assert len(verify(path).damaged) == problems
+            file.write_bytes(content)
 
 
 def test_chains_that_are_not_done_are_no_damage(store: Path) -> None:
@@ -106,6 +169,15 @@ def test_chains_that_are_not_done_are_no_damage(store: Path) -> None:
     assert len(verify(store).damaged) == 3
 
 
+def test_an_estimate_is_taken_for_no_samples(sampled: Path, tmp_path: Path) -> None:
+    basinscope.compute_bif(sampled, output_path=tmp_path / "bif.zarr")
+    basinscope.compute_llc(sampled).compute().to_zarr(tmp_path / "llc.zarr", consolidated=False)
+    for name in ("bif.zarr", "llc.zarr"):
+        found = verify(tmp_path / name)
+        assert found.files
+        assert (found.damaged, found.complete) == ((), False)
+
+
 def test_stores_that_keep_no_records(tmp_path: Path) -> None:
     """Results, and what others wrote: checksums alone; absent chunks are fill values."""
     rng = np.random.default_rng(0)
@@ -114,7 +186,7 @@ def test_stores_that_keep_no_records(tmp_path: Path) -> None:
     tree = xr.DataTree.from_dict(datasets)
     tree.to_zarr(tmp_path / "tree.zarr", consolidated=False, zarr_format=3)
     found = verify(tmp_path / "tree.zarr")
-    assert (found.files, found.damaged) == (2, ())
+    assert (found.files, found.damaged, found.unchecked, found.complete) == (2, (), 2, False)
     group = zarr.open_group(tmp_path / "packed.zarr", mode="w")
     packed = group.create_array(
         "z", shape=(7, 3), chunks=(2, 3), dtype="float64", compressors=zarr.codecs.GzipCodec()

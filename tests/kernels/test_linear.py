@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from basinscope.kernels import linear as module
@@ -64,20 +65,62 @@ def test_values_and_gradients(
         assert ours.shape == exact.shape
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6 * width + 2e-5)
     rows = given[0].numel() // width
-    assert taken == [tuple(made.shape), (rows, width), (outputs, width)]
+    assert taken == [(rows, outputs), (rows, width), (outputs, width)]
 
 
 def test_only_gradients_that_are_wanted_are_made(taken: list[tuple[int, ...]]) -> None:
     x, weight, bias = layer((4, 8), 16, 12)
     linear(x.detach(), weight, bias.detach()).sum().backward()
-    assert taken == [(4, 8, 12), (12, 16)]
+    assert taken == [(32, 12), (12, 16)]
     taken.clear()
     linear(x, weight.detach(), bias.detach()).sum().backward()
-    assert taken == [(4, 8, 12), (32, 16)]
+    assert taken == [(32, 12), (32, 16)]
     taken.clear()
     with torch.no_grad():
         assert not linear(x, weight, bias).requires_grad
-    assert taken == [(4, 8, 12)]
+    assert taken == [(32, 12)]
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_frozen_layer_keeps_no_input() -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    x, weight, bias = layer((4, 8), 16, 12)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        linear(x, weight.detach(), bias.detach())
+        assert kept == [(12, 16)]
+        linear(x.detach(), weight.detach(), bias)
+        assert kept == [(12, 16)]
+        linear(x.detach(), weight, bias)
+    assert kept == [(12, 16), (32, 16)]
+
+
+def test_biases_that_broadcast_and_forward_mode_are_left_to_torch(
+    taken: list[tuple[int, ...]],
+) -> None:
+    x, weight, _ = (t.detach() for t in layer((4, 8), 16, 12))
+    for bias in (torch.ones(1), torch.tensor(2.0)):
+        assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(linear(dual, weight)).tangent
+    torch.testing.assert_close(tangent, functional.linear(torch.ones_like(x), weight))
+    assert not taken
+
+
+@pytest.mark.usefixtures("taken")
+def test_many_gradients_at_once() -> None:
+    given = layer((4, 8), 16, 12)
+    upstream = torch.randn(3, 4, 8, 12)
+    found = torch.autograd.grad(linear(*given), given, upstream, is_grads_batched=True)
+    for n, one in enumerate(upstream):
+        right = torch.autograd.grad(functional.linear(*given), given, one)
+        for ours, theirs in zip(found, right, strict=True):
+            torch.testing.assert_close(ours[n], theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("taken")

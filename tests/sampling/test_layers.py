@@ -68,6 +68,26 @@ def test_logits_and_gradients_are_the_models(
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
 
 
+def test_outputs_may_be_changed_in_place(made: list[tuple[int, ...]]) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    x = torch.randn(2, 5, 6)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    quicken_linears(model)
+    found = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert made
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    model[0](input=x)  # by its name too
+
+
+@pytest.mark.usefixtures("made")
+def test_layers_without_a_weight_of_their_own_stay_as_they_are() -> None:
+    bare, lazy = nn.Linear(4, 4), nn.LazyLinear(4)
+    bare.weight = None  # type: ignore[assignment]
+    quicken_linears(nn.Sequential(bare, lazy))
+    assert not any("forward" in vars(module) for module in (bare, lazy))
+
+
 def test_inside_a_block_only(made: list[tuple[int, ...]]) -> None:
     model = tiny_model("gpt2")
     ids = torch.randint(VOCABULARY, (3, 9))
