@@ -100,9 +100,8 @@ def sample(
         for warning in caught:
             err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
         complete = tree.attrs.get("completed") == 1
-        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught) or (
-            complete and tree.attrs.get("failed_chains")
-        )
+        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
+        failed |= complete and bool(tree.attrs.get("failed_chains"))
         state = "complete" if complete else "not complete yet: other chains are to be sampled"
         out.print(f"{path} is {state}. Next: basinscope llc {path}", soft_wrap=True)
     if failed:

@@ -38,9 +38,7 @@ def paired(
     Parameters
     ----------
     least_seconds : float
-        A turn of either is as many calls as last so long, of which the mean counts. What ran
-        before leaves caches cold and threads spinning for some milliseconds, which a single short
-        call would pay for.
+        A turn of either is as many calls as last so long, of which the mean counts.
 
     Returns
     -------
@@ -51,7 +49,9 @@ def paired(
     if warmup:
         ours()
         peer()
-    calls = [_calls(work, least_seconds) for work in (ours, peer)]
+    calls = [
+        enough_calls(_seconds(work), least_seconds) if least_seconds else 1 for work in (ours, peer)
+    ]
     pairs = [(_seconds(ours, calls[0]), _seconds(peer, calls[1])) for _ in range(rounds)]
     ratios = sorted(theirs / mine for mine, theirs in pairs)
     return {
@@ -152,9 +152,13 @@ def parser(description: str | None, results: str) -> argparse.ArgumentParser:
     return options
 
 
-def _calls(work: Callable[[], object], least_seconds: float) -> int:
-    """How many calls last so long."""
-    return max(1, math.ceil(least_seconds / max(_seconds(work), 1e-6))) if least_seconds else 1
+def enough_calls(seconds: float, least_seconds: float) -> int:
+    """How many calls of so many seconds last long enough to be timed.
+
+    Whatever ran before leaves caches cold, and its OpenMP threads keep their cores for some
+    milliseconds: whoever is timed next, with one short call, would pay for that.
+    """
+    return max(1, math.ceil(least_seconds / max(seconds, 1e-6)))
 
 
 def _seconds(work: Callable[[], object], calls: int = 1) -> float:

@@ -52,7 +52,14 @@ from torch import Tensor
 from basinscope.kernels.cross_entropy import next_token_cross_entropy
 from basinscope.kernels.linear_cross_entropy import linear_token_cross_entropy
 from basinscope.kernels.sgld import METRIC_NAMES, SgldUpdate
-from benchmarks.harness import own_peak_memory, parser, peak_memory, quartiles, record
+from benchmarks.harness import (
+    enough_calls,
+    own_peak_memory,
+    parser,
+    peak_memory,
+    quartiles,
+    record,
+)
 from benchmarks.sampling import SIZES
 
 PYTHIA = {"layers": 24, "vocab": 50304, "tokens": 2048}
@@ -174,12 +181,8 @@ class Bench:
         }
 
     def enough(self, make: Make) -> int:
-        """How many calls last long enough to be timed: long after what was timed before.
-
-        An OpenMP thread keeps its core for some milliseconds after its last work, and whoever
-        is timed first after a peer would pay for that.
-        """
-        return max(1, min(MOST_REPEATS, math.ceil(LEAST_SECONDS / max(self.seconds(make), 1e-6))))
+        """How many calls last long enough to be timed."""
+        return min(MOST_REPEATS, enough_calls(self.seconds(make), LEAST_SECONDS))
 
     def seconds(self, make: Make, repeats: int = 1) -> float:
         """Mean seconds of a call; on a GPU by its own clock."""

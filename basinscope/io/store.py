@@ -193,10 +193,11 @@ def records_of(path: Path) -> dict[int, dict[str, Any]]:
     if not groups.is_dir():
         return {}
     chains = sorted(int(group.name) for group in groups.iterdir() if group.name.isdigit())
-    return {chain: _record_of(path, chain) for chain in chains}
+    return {chain: record_of(path, chain) for chain in chains}
 
 
-def _record_of(path: Path, chain: int) -> dict[str, Any]:
+def record_of(path: Path, chain: int) -> dict[str, Any]:
+    """Read one chain's record from its file."""
     group = json.loads((path / "chains" / str(chain) / "zarr.json").read_text())
     record: dict[str, Any] = group["attributes"]
     return record
@@ -292,7 +293,7 @@ class SampleStore:
 
     def record(self, chain: int) -> dict[str, Any]:
         """Read one chain's record from disk."""
-        return _record_of(self.path, chain)
+        return record_of(self.path, chain)
 
     def records(self) -> dict[int, dict[str, Any]]:
         """Read all chains' records from disk."""

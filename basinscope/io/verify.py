@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import dask.base
 import zarr
 from dask.delayed import delayed
+from zarr.codecs import Crc32cCodec
 
 from basinscope.io import dims
 from basinscope.io.results import progress_bar
-from basinscope.io.schema import METRICS
-from basinscope.io.store import describe_gaps, new_record
+from basinscope.io.schema import sampling_arrays
+from basinscope.io.store import describe_gaps, new_record, record_of
 from basinscope.io.stored import DamagedStoreError, StoredArray, open_stored
 
 WRITTEN_ROWS = {dims.DRAW: "draws_written", dims.STEP: "steps_written"}
@@ -136,12 +137,14 @@ def _config(root: Path) -> dict[str, Any]:
 
 def _names(config: Mapping[str, Any]) -> list[str]:
     """Name the arrays that a sampling store of these settings has."""
-    names = ["init_loss", "n_beta", "sampling_loss", "sampling_loss_micro", "sampling_rows"]
-    for observable in config["observables"]:
-        names += [f"loss_{observable['obs_id']}", f"input_ids_{observable['obs_id']}"]
-    if config["sampler"].get("save_metrics"):
-        names += [f"metrics_{name}" for name in METRICS]
-    return names
+    arrays = sampling_arrays(  # of any sizes: only the names count
+        num_chains=1, num_draws=1, num_steps=1, batch_size=1, gradient_accumulation_steps=1,
+        sequence_length=2, largest_id=1, num_dataset_rows=1, shared_batches=True,
+        observables={observable["obs_id"]: 1 for observable in config["observables"]},
+        save_metrics=config["sampler"]["save_metrics"],
+        save_sampling_input_ids=config["sampler"]["save_sampling_input_ids"],
+    )  # fmt: skip
+    return list(arrays)
 
 
 def _records(
@@ -152,7 +155,7 @@ def _records(
     for chain in range(int(config["sampler"]["num_chains"])):
         file = root / "chains" / str(chain) / "zarr.json"
         try:
-            record = json.loads(file.read_text())["attributes"]
+            record = record_of(root, chain)
             if missing := new_record().keys() - record.keys():
                 raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             records[chain] = record
@@ -271,7 +274,7 @@ def _read_by_zarr(directory: Path, due: bool) -> _Read:
     checked = False
     try:
         array: Any = zarr.open_array(directory, mode="r")
-        checked = any("Crc32c" in type(codec).__name__ for codec in array.compressors)
+        checked = any(isinstance(codec, Crc32cCodec) for codec in array.compressors)
         extent = array.shards or array.chunks
         grid = (range(0, size, n) for size, n in zip(array.shape, extent, strict=True))
         for corner in product(*grid):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from basinscope.kernels import linear as kernel
-from basinscope.kernels.linear import linear, uses_onednn
 
 TOKENS = 2048  # of a usual forward pass; a layer that is small with so many is left alone
 
@@ -42,7 +41,7 @@ def quicken_linears(model: nn.Module) -> list[nn.Module]:
         The layers whose ``forward`` was replaced now.
     """
     replaced: list[nn.Module] = []
-    if not uses_onednn():
+    if not kernel.uses_onednn():
         return replaced
     quick: dict[Any, Callable[..., Tensor]] = {nn.Linear.forward: _linear}
     if (pytorch_utils := sys.modules.get("transformers.pytorch_utils")) is not None:
@@ -64,8 +63,8 @@ def _gains(weight: Any) -> bool:
 
 
 def _linear(module: Any, input: Tensor) -> Tensor:  # as nn.Linear calls it
-    return linear(input, module.weight, module.bias)
+    return kernel.linear(input, module.weight, module.bias)
 
 
 def _transposed(module: Any, x: Tensor) -> Tensor:
-    return linear(x, module.weight.t(), module.bias)
+    return kernel.linear(x, module.weight.t(), module.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,25 +20,29 @@ from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished store of three chains, two files of 50 draws to a chain."""
-    path = tmp_path_factory.mktemp("verify") / "samples.zarr"
+def sample(path: Path, observables: dict[str, Any], **changes: Any) -> Path:
     basinscope.sample(
         tiny_model("raw"),
         token_rows(48, 9, seed=1),
-        {"first": token_rows(30, 9, seed=2)},
-        lr=1e-3,
-        n_beta=10.0,
-        num_chains=3,
-        num_draws=70,
-        batch_size=4,
-        save_metrics=True,
+        observables,
+        **{"lr": 1e-3, "n_beta": 10.0, "num_draws": 70, "batch_size": 4, **changes},
         device="cpu",
         output_path=path,
         progress=False,
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished store of three chains, two files of 35 draws to a chain."""
+    return sample(
+        tmp_path_factory.mktemp("verify") / "samples.zarr",
+        {"first": token_rows(30, 9, seed=2)},
+        num_chains=3,
+        save_metrics=True,
+        save_sampling_input_ids=True,
+    )
 
 
 @pytest.fixture
@@ -85,8 +90,8 @@ def test_a_damaged_record_or_metadata_is_named(store: Path) -> None:
 
 @pytest.mark.parametrize(
     "gone",
-    ["loss_first", "loss_first/zarr.json", "sampling_loss", "init_loss", "metrics_noise", "chains",
-     "chains/0", "chains/0/zarr.json", "chains/zarr.json"],
+    ["loss_first", "loss_first/zarr.json", "sampling_loss", "init_loss", "metrics_noise",
+     "sampling_input_ids_micro", "chains", "chains/0", "chains/0/zarr.json", "chains/zarr.json"],
 )  # fmt: skip
 def test_whole_parts_that_are_missing_are_named(gone: str, store: Path) -> None:
     path = store / gone
@@ -121,26 +126,14 @@ def test_of_checkpoints_the_one_that_counts_is_read(tmp_path: Path) -> None:
 
     path = tmp_path / "stopped.zarr"
     with pytest.raises(StopError):
-        basinscope.sample(
-            tiny_model("raw"),
-            token_rows(48, 9, seed=1),
-            {},
-            lr=1e-3,
-            n_beta=10.0,
-            num_chains=1,
-            num_draws=70,
-            batch_size=4,
-            loss_fn=stopping,
-            checkpoint_every=5,
-            device="cpu",
-            output_path=path,
-            progress=False,
-        )
+        sample(path, {}, num_chains=1, loss_fn=stopping, checkpoint_every=5)
     named = path / "chains" / "0" / SampleStore(path).record(0)["checkpoint"]
     (other,) = {*(path / "chains" / "0").glob("checkpoint_*")} - {named}
     assert not verify(path).damaged
     for directory, problems in ((other, 0), (named, 1)):
-        for file in (f for f in directory.rglob("c/*") if f.is_file()):
+        files = [file for file in directory.rglob("c/*") if file.is_file()]
+        assert files
+        for file in files:
             content = file.read_bytes()
             file.unlink()
             assert len(verify(path).damaged) == problems
