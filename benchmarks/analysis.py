@@ -14,6 +14,9 @@ the same shapes over the time of ours.
 own, whose peak resident memory beyond that after the imports is measured; then the rate at which
 losses pass, against a bare loop that only reads and decodes the same chunks, file by file, with as
 many threads and the same decoder, and against zarr-python's own loop.
+
+``rounding_error``: susceptibilities of losses that move by 0.1, 0.01 and 0.001 nats, against
+float64's.
 """
 
 from __future__ import annotations
@@ -83,6 +86,7 @@ def fits(folder: Path, shape: dict[str, int], rounds: int) -> dict[str, dict[str
     for name, figures in compare(lambda: ours, lambda: opened(theirs), rounds).items():
         found[f"{name}, from disk"] = figures
     found["token influence, in memory"] |= product_share(shape, rounds)
+    found["susceptibilities, in memory"] |= rounding_errors(mine)
     return found
 
 
@@ -152,6 +156,53 @@ def product_share(shape: dict[str, int], rounds: int) -> dict[str, Any]:
         "sgemm_share_quartiles": share["ratio_quartiles"],
         "sgemm_gflop_per_s": round(flops / max(share["peer_s"], 1e-4) / 1e9, 1),
     }
+
+
+def rounding_errors(like: xr.DataTree) -> dict[str, Any]:
+    """Compare susceptibilities with float64's where losses move by little.
+
+    Largest error over the standard deviation of the susceptibilities, of ours and of the peer's.
+    """
+    from devinterp.slt.susceptibilities import compute_susceptibilities as peer_susceptibilities
+
+    import basinscope
+
+    errors: dict[str, Any] = {}
+    for fluctuation in (0.1, 0.01, 0.001):
+        runs = {name: moving_losses(like, fluctuation, seed) for seed, name in enumerate(RUNS)}
+        (task, probe), (full_task, full_probe) = (
+            [runs[name][f"loss_{of}"].to_numpy().astype(np.float64) for of in ("task", "a")]
+            for name in reversed(RUNS)
+        )
+        mean = task.mean((2, 3))
+        phi = mean - runs["full"]["init_loss"].to_numpy().astype(np.float64).mean()
+        exact = (phi * mean).mean() - (phi[:, :, None, None] * probe).mean((0, 1))
+        exact -= phi.mean() * (full_task.mean() - full_probe.mean((0, 1)))
+        for who, compute in {
+            "ours": basinscope.compute_susceptibilities, "peer": peer_susceptibilities,
+        }.items():  # fmt: skip
+            found = compute(runs, "task")["susceptibilities"]["sus"].to_numpy()
+            error = float(np.abs(found.ravel() - exact.ravel()).max() / exact.std())
+            errors.setdefault(f"{who}_rounding_error", {})[str(fluctuation)] = float(f"{error:.1e}")
+    return errors
+
+
+RUNS = ("full", "l0")
+
+
+def moving_losses(like: xr.DataTree, fluctuation: float, seed: int) -> xr.DataTree:
+    """Fill a tree with losses that all runs share, and what moves them: together, and alone."""
+    dataset = like.to_dataset().copy()
+    tokens, draws = np.random.default_rng(0), np.random.default_rng(1 + seed)
+    for name in ("loss_task", "loss_a"):
+        variable = dataset[name]
+        base = tokens.gamma(2.0, 1.5, variable.shape[2:])
+        together = base * draws.standard_normal((*variable.shape[:2], 1, 1))
+        alone = draws.standard_normal(variable.shape)
+        losses = base + fluctuation * (together + alone)
+        dataset[name] = variable.dims, losses.astype(np.float32)
+    dataset["init_loss"] = dataset["init_loss"].dims, np.full_like(dataset["init_loss"], 3)
+    return xr.DataTree(dataset)
 
 
 def larger(folder: Path, gigabytes: float, limit: str, rounds: int) -> dict[str, dict[str, Any]]:

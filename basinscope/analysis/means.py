@@ -1,8 +1,13 @@
-"""Means of losses that are read once, a chunk at a time, and added up in float64."""
+"""Means of losses that are read once, a chunk at a time, and added up in float64.
+
+Only where a row has MANY losses in a chunk are TOGETHER of them added up in float32 first, by a
+matrix product with ones: that keeps up with the decoder, which float64 from the start does not, and
+what it rounds off evens out over so many. Sums over rows, of which susceptibilities take
+differences that are far smaller, see float64 alone.
+"""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +16,9 @@ from dask.delayed import delayed
 from basinscope.analysis.stores import FILE_BYTES, Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
-STACKED = 128  # most rows of a matrix that is multiplied with weights
-WIDE = 64  # most rows of a chunk that are added up side by side
+MANY = 2**12  # losses of a row, from which on sums begin in float32
+TOGETHER = 64  # most losses that are added up in float32
+PRODUCT = 2**13  # entries of a matrix so small that BLAS does not wake its threads for it
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
@@ -64,23 +70,22 @@ def loss_totals(
     _, rows, _, tokens = part.shape
     row_sums, token_sums = np.zeros(rows), np.zeros(tokens)
     for (_, row, _, token), values in chunks_of(part):
+        row_sums[row] += _sums_of_rows(values[0])
         if of_tokens:
-            over_batch = values[0].sum(axis=1, dtype=np.float64)
-            row_sums[row] += over_batch.sum(axis=1)
-            token_sums[token] += over_batch.sum(axis=0)
-        else:
-            row_sums[row] += _sums_of_rows(values[0])
+            over_rows = _sums_of_tokens(values[0], np.ones(len(values[0])))
+            token_sums[token] += over_rows.sum(axis=0, dtype=np.float64)
     return row_sums, token_sums
 
 
-def weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
-    """Average weight times loss over (chain, row), in one pass.
+def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> np.ndarray:
+    """Average (weight times) loss over (chain, row), in one pass.
 
     Parameters
     ----------
     parts : list of StoredArray or np.ndarray (1, rows, batch, token_pos)
         Of each chain.
-    weights : list of np.ndarray (rows,)
+    weights : list of np.ndarray (rows,), optional
+        Default: all ones.
 
     Returns
     -------
@@ -88,34 +93,46 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray]) -> np.ndarray:
         float64.
     """
     total = np.zeros(parts[0].shape[2:])
-    for part, weight in zip(parts, weights, strict=True):
+    for chain, part in enumerate(parts):
         for (_, row, sequence, token), values in chunks_of(part):
-            total[sequence, token] += _sums_of_tokens(values[0], weight[row])
-    return total / sum(map(len, weights))
+            weight = np.ones(len(values[0])) if weights is None else weights[chain][row]
+            total[sequence, token] += _sums_of_tokens(values[0], weight)
+    return total / sum(part.shape[1] for part in parts)
 
 
 def _sums_of_rows(values: np.ndarray) -> np.ndarray:
-    """Add up (rows, batch, token_pos) over (batch, token_pos), fast however a chunk is laid out."""
-    if not _rows_last(values):
-        sums = np.empty(len(values))
-        for (_, row, _, _), some in chunks_of(values[None]):  # a copy of all may not fit
-            sums[row] = some[0].astype(np.float64).sum(axis=(1, 2))
-        return sums
-    by_token = values.transpose(1, 2, 0).reshape(-1, len(values))
-    side = math.gcd(len(by_token), WIDE)  # sums of longer vectors are faster ones
-    wide = by_token.reshape(-1, side * len(values)).sum(axis=0, dtype=np.float64)
-    return wide.reshape(side, len(values)).sum(axis=0)
+    """Add up (rows, batch, token_pos) over (batch, token_pos)."""
+    many = values[0].size >= MANY
+    values = values.astype(np.result_type(values, np.float32 if many else np.float64), copy=False)
+    ones = np.ones(min(TOGETHER, _height(len(values))), values.dtype)
+    if _rows_last(values):
+        stacked, rest = _stacked(values, len(ones))
+        return (ones @ stacked).sum(axis=0, dtype=np.float64) + rest.sum(axis=0, dtype=np.float64)
+    by_row = values.reshape(len(values), -1)
+    whole = by_row.shape[1] - by_row.shape[1] % len(ones)
+    sums = by_row[:, :whole].reshape(len(values), -1, len(ones)) @ ones
+    return sums.sum(axis=1, dtype=np.float64) + by_row[:, whole:].sum(axis=1, dtype=np.float64)
 
 
 def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Add up weight times (rows, batch, token_pos) over the rows."""
+    values = values.astype(np.float64)
     if not _rows_last(values):
-        return np.einsum("d,dbt->bt", weights, values.astype(np.float64))
-    by_token = values.transpose(1, 2, 0).reshape(-1, len(values)).astype(np.float64)
-    # as a stack of matrices so small that BLAS does not wake its threads for one
-    height = math.gcd(len(by_token), STACKED)
-    sums = by_token.reshape(-1, height, len(values)) @ weights
-    return sums.reshape(values.shape[1:])
+        return (weights @ values.reshape(len(values), -1)).reshape(values.shape[1:])
+    stacked, rest = _stacked(values, _height(len(values)))
+    return np.concatenate([(stacked @ weights).ravel(), rest @ weights]).reshape(values.shape[1:])
+
+
+def _stacked(values: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """See (rows, batch, token_pos), rows last, as (..., height, rows), and the tokens left over."""
+    by_token = values.transpose(1, 2, 0).reshape(-1, len(values))
+    whole = len(by_token) - len(by_token) % height
+    return by_token[:whole].reshape(-1, height, len(values)), by_token[whole:]
+
+
+def _height(rows: int) -> int:
+    """Tokens with so many rows that BLAS does not wake its threads for their product."""
+    return max(1, PRODUCT // rows)
 
 
 def _rows_last(values: np.ndarray) -> bool:

@@ -17,7 +17,7 @@ from basinscope.io.stored import StoredArray
 CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its part in float64
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
-SEQUENCES_BYTES = 2**27  # about what one task of susceptibilities streams
+SEQUENCES_BYTES = 2**28  # most that one task of susceptibilities streams
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
 COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
@@ -202,15 +202,14 @@ def plan_susceptibilities(
 
 
 def sequence_blocks(layout: Layout) -> list[slice]:
-    """Cut sequences so that a task streams whole chunks over all draws, about SEQUENCES_BYTES.
+    """Cut sequences so that a task streams whole chunks over all draws, the same for each worker.
 
     Where chunks hold so many sequences that blocks would decode them again and again, one task
     takes all.
     """
-    count = layout.shape[2]
-    per_sequence = max(1, layout.nbytes // count)
-    wanted = max(1, min(SEQUENCES_BYTES // per_sequence, math.ceil(count / workers())))
-    block = math.ceil(wanted / layout.chunk[2]) * layout.chunk[2]
+    count, extent = layout.shape[2], layout.chunk[2]
+    rounds = max(1, math.ceil(layout.nbytes / (workers() * SEQUENCES_BYTES)))
+    block = math.ceil(math.ceil(count / extent) / (workers() * rounds)) * extent
     blocks = [slice(a, min(a + block, count)) for a in range(0, count, block)]
     read = sum(layout.bytes_of(np.arange(at.start, at.stop)) for at in blocks)
     return blocks if read <= AMPLIFIED * layout.nbytes else [slice(0, count)]

@@ -108,7 +108,7 @@ def compute_susceptibilities(
     for obs_id in probes:
         layout = Layout.of(losses[FULL][obs_id])
         for rows in sequence_blocks(layout):
-            full_mean = delayed(_mean_losses)(_cut_rows(losses[FULL][obs_id], rows))
+            full_mean = delayed(weighted_mean)(_cut_rows(losses[FULL][obs_id], rows))
             for column, name in enumerate(restrictions):
                 blocks[len(sizes), column] = delayed(_susceptibility)(
                     _cut_rows(losses[name][obs_id], rows),
@@ -262,11 +262,6 @@ def _cut_rows(parts: list[Part], rows: slice) -> list[Part]:
     return [cut(part, slice(None), rows) for part in parts]
 
 
-def _mean_losses(parts: list[Any]) -> np.ndarray:
-    """Average over (chain, draw): (sequences, token_pos)."""
-    return weighted_mean(parts, [np.ones(part.shape[1]) for part in parts])
-
-
 def _susceptibility(
     parts: list[Any], task: Task, full_task: Task, full_mean: np.ndarray, checked_ids: np.ndarray
 ) -> np.ndarray:
@@ -295,18 +290,13 @@ def _flattened(
     context = xr.Variable(
         "ctx_flat", da.concatenate(ids), {"long_name": "token ids of the sequences", "units": "1"}
     )
-    flat = xr.Coordinates(_flat_coordinates("sus_flat", shapes, "target_position", 1), indexes={})
+    flat = _flat_coordinates("sus_flat", shapes, "target_position", 1)
+    flat_context = _flat_coordinates("ctx_flat", sizes, "position", 0)
     return xr.DataTree.from_dict(
         {
             "/": xr.Dataset(attrs=full.provenance),
-            "/susceptibilities": xr.Dataset(
-                {"sus": first}, flat.merge(xr.Coordinates({"wr": restrictions})).coords, names
-            ),
-            "/context": xr.Dataset(
-                {"input_ids": context},
-                xr.Coordinates(_flat_coordinates("ctx_flat", sizes, "position", 0), indexes={}),
-                names,
-            ),
+            "/susceptibilities": xr.Dataset({"sus": first}, {**flat, "wr": restrictions}, names),
+            "/context": xr.Dataset({"input_ids": context}, flat_context, names),
         }
     )
 
@@ -314,12 +304,16 @@ def _flattened(
 def _flat_coordinates(
     dim: str, shapes: Sequence[tuple[int, ...]], position: str, origin: int
 ) -> dict[str, tuple[str, np.ndarray]]:
-    columns: dict[str, list[np.ndarray]] = {"dataset_id": [], "batch": [], position: []}
+    total = sum(sequences * tokens for sequences, tokens in shapes)
+    columns = {name: np.empty(total, np.int64) for name in ("dataset_id", "batch", position)}
+    first = 0
     for dataset, (sequences, tokens) in enumerate(shapes):
-        columns["dataset_id"].append(np.full(sequences * tokens, dataset))
-        columns["batch"].append(np.repeat(np.arange(sequences), tokens))
-        columns[position].append(np.tile(np.arange(origin, origin + tokens), sequences))
-    return {name: (dim, np.concatenate(parts)) for name, parts in columns.items()}
+        flat = slice(first, first + sequences * tokens)
+        columns["dataset_id"][flat] = dataset
+        columns["batch"][flat].reshape(sequences, tokens)[:] = np.arange(sequences)[:, None]
+        columns[position][flat].reshape(sequences, tokens)[:] = np.arange(origin, origin + tokens)
+        first = flat.stop
+    return {name: (dim, column) for name, column in columns.items()}
 
 
 def _lazy_ids(stores: Mapping[str, Samples], obs_id: str) -> Delayed:

@@ -14,6 +14,7 @@ import pytest
 import xarray as xr
 
 import basinscope
+from basinscope.analysis import means
 from basinscope.analysis.susceptibilities import plan_of_susceptibilities
 from basinscope.io import results, stored
 from basinscope.io.store import StoreMismatchError
@@ -115,6 +116,22 @@ def test_each_is_the_formula_over_what_is_recorded(
             found = got["susceptibilities"]["sus"].to_numpy()
             mine = got["susceptibilities"]["dataset_id"].to_numpy() == number
             np.testing.assert_allclose(found[mine, column], expected, rtol=0, atol=1e-11)
+
+
+def test_responses_a_millionth_of_the_losses_are_not_lost_in_rounding() -> None:
+    sizes: dict[str, Any] = {"observables": {"task": 64, "a": 64}, "tokens": 64, "draws": 200}
+    both = random_tree(0, fluctuation=1e-3, **sizes).dataset
+    trees = {
+        name: xr.DataTree(both.isel(draw=draws))
+        for name, draws in {"full": slice(100), "l0": slice(100, None)}.items()
+    }
+    assert trees["full"]["loss_task"][0, 0].size >= means.MANY
+    losses = [trees[run][f"loss_{of}"].to_numpy() for run in ("l0", "full") for of in ("task", "a")]
+    expected = reference.susceptibility(*losses, trees["full"]["init_loss"].to_numpy()).ravel()
+    got = basinscope.compute_susceptibilities(trees, "task")["susceptibilities"]["sus"]
+    scale = expected.std()
+    assert scale < 1e-6 * 3**2
+    np.testing.assert_allclose(got[:, 0], expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_an_observable_goes_by_its_name_or_its_id(tmp_path: Path) -> None:
