@@ -222,7 +222,7 @@ def larger(folder: Path, gigabytes: float, limit: str, rounds: int) -> dict[str,
         )  # fmt: skip
         found[analysis] = json.loads(done.stdout.splitlines()[-1])
     for analysis in ("LLC", "susceptibilities"):
-        found[analysis] |= rate_share(ANALYSES[analysis], store, limit, rounds)
+        found[analysis] |= rate_share(ANALYSES[analysis], store, limit, 3 * rounds)
     return found
 
 

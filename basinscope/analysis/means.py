@@ -17,7 +17,7 @@ from basinscope.analysis.stores import FILE_BYTES, Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
 MANY = 2**12  # losses of a row, from which on sums begin in float32
-TOGETHER = 64  # most losses that are added up in float32
+TOGETHER = 128  # most losses that are added up in float32
 PRODUCT = 2**13  # entries of a matrix so small that BLAS does not wake its threads for it
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
@@ -107,7 +107,8 @@ def _sums_of_rows(values: np.ndarray) -> np.ndarray:
     ones = np.ones(min(TOGETHER, _height(len(values))), values.dtype)
     if _rows_last(values):
         stacked, rest = _stacked(values, len(ones))
-        return (ones @ stacked).sum(axis=0, dtype=np.float64) + rest.sum(axis=0, dtype=np.float64)
+        sums = (ones @ stacked).sum(axis=0, dtype=np.float64)
+        return sums + rest.sum(axis=0, dtype=np.float64) if len(rest) else sums
     by_row = values.reshape(len(values), -1)
     whole = by_row.shape[1] - by_row.shape[1] % len(ones)
     sums = by_row[:, :whole].reshape(len(values), -1, len(ones)) @ ones
