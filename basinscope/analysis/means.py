@@ -109,7 +109,7 @@ def _sums_of_rows(values: np.ndarray) -> np.ndarray:
         stacked, rest = _stacked(values, len(ones))
         sums = (ones @ stacked).sum(axis=0, dtype=np.float64)
         return sums + rest.sum(axis=0, dtype=np.float64) if len(rest) else sums
-    by_row = values.reshape(len(values), -1)
+    by_row = np.ascontiguousarray(values).reshape(len(values), -1)
     whole = by_row.shape[1] - by_row.shape[1] % len(ones)
     sums = by_row[:, :whole].reshape(len(values), -1, len(ones)) @ ones
     return sums.sum(axis=1, dtype=np.float64) + by_row[:, whole:].sum(axis=1, dtype=np.float64)
@@ -119,7 +119,8 @@ def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Add up weight times (rows, batch, token_pos) over the rows."""
     values = values.astype(np.float64)
     if not _rows_last(values):
-        return (weights @ values.reshape(len(values), -1)).reshape(values.shape[1:])
+        by_row = np.ascontiguousarray(values).reshape(len(values), -1)
+        return (weights @ by_row).reshape(values.shape[1:])
     stacked, rest = _stacked(values, _height(len(values)))
     return np.concatenate([(stacked @ weights).ravel(), rest @ weights]).reshape(values.shape[1:])
 

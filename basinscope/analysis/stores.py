@@ -30,7 +30,7 @@ from basinscope.io.stored import StoredArray
 
 Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
-TASK_BYTES = 2**27  # of losses on disk that one task goes through
+TASK_BYTES = 2**28  # of losses on disk that one task goes through
 SLAB_BYTES = 2**20  # about what fits beside its float64 copy in a core's cache
 
 
