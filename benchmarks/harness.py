@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from basinscope.report.doctor import cpu_name
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("basinscope", "torch", "triton", "numba", "zarr", "transformers", "devinterp")
 
@@ -109,14 +111,7 @@ def record(results: Path, name: str, settings: dict[str, Any], figures: dict[str
 
 def machine() -> dict[str, Any]:
     """Describe the hardware."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            r.split(":")[1].strip() for r in info.read_text().splitlines() if "model name" in r
-        ]
-        cpu = names[0] if names else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system()}
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
 
 
 def versions() -> dict[str, str]:

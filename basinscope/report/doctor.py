@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +50,14 @@ def _versions() -> Table:
     return table
 
 
+def cpu_name() -> str:
+    """Name of the processor as its maker calls it, where the system says so."""
+    info = Path("/proc/cpuinfo")
+    rows = info.read_text().splitlines() if info.exists() else []
+    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _devices() -> Table:
     import torch
 
@@ -58,8 +67,7 @@ def _devices() -> Table:
     for heading in ("device", "name", "memory", "kernel path"):
         table.add_column(heading)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    name = platform.processor() or platform.machine()
-    table.add_row("cpu", name, f"{memory / 2**30:.0f} GiB", resolve("auto", "cpu"))
+    table.add_row("cpu", cpu_name(), f"{memory / 2**30:.0f} GiB", resolve("auto", "cpu"))
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         size = f"{found.total_memory / 2**30:.0f} GiB"
