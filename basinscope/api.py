@@ -17,6 +17,7 @@ from basinscope.analysis.susceptibilities import (
     compute_susceptibilities,
     plan_of_susceptibilities,
 )
+from basinscope.io.location import local_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,6 +176,16 @@ def susceptibilities(
     from basinscope.sampling.progress import show_restrictions
     from basinscope.sampling.sample import sample
 
+    if "param_masks" in sample_kwargs:
+        raise TypeError(
+            "susceptibilities() takes masks by name, one run for each: give them in "
+            "weight_restrictions, not as param_masks"
+        )
+    if isinstance(weight_restrictions, str):
+        raise TypeError(
+            f"weight_restrictions must be a mapping or a list of names, such as "
+            f"['full', {weight_restrictions!r}]; got one string"
+        )
     if not isinstance(weight_restrictions, Mapping):
         weight_restrictions = {name: name for name in weight_restrictions}
     paths = _paths_of(weight_restrictions, output_path)
@@ -289,7 +300,7 @@ def _paths_of(
         raise ValueError(f"weight_restrictions has {FULL!r} only: add one to compare with")
     if output_path is None:
         return dict.fromkeys(restrictions)
-    base = Path(output_path)
+    base = local_path(output_path)
     for name in restrictions:
         if not name or Path(name).name != name:
             raise ValueError(

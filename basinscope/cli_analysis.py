@@ -154,6 +154,8 @@ def bif(
             _show_plans({str(store): plan()}, as_json)
             return
         between_tokens = method == "token" and not average and top_k is None
+        if query and between_tokens:
+            raise ValueError("--query asks for the strongest partners of tokens: give --top-k too")
         if between_tokens and output is None:
             raise ValueError(
                 "influence between all tokens has four dimensions: write it with --out, or ask "

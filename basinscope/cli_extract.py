@@ -30,7 +30,9 @@ def extract(
         str, typer.Option(help="Tokens: all, last, or such as 0,5,-1 or 2:8.")
     ] = "all",
     average: Annotated[bool, typer.Option("--average", help="Average over the tokens.")] = False,
-    rows: Annotated[int | None, typer.Option(help="Only the first so many sequences.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many sequences.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 8,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens in a sequence, where the data is text.")
@@ -46,6 +48,7 @@ def extract(
         from basinscope.extraction import extract_dataset
         from basinscope.models.extraction import ExtractionConfig
         from basinscope.models.positions import parse_positions
+        from basinscope.sampling.job import choose_device
         from basinscope.sampling.loading import load_model, load_tokens
 
         kinds = what or ["resid_out", "last_layernorm"]
@@ -56,11 +59,12 @@ def extract(
             target_token_positions=parse_positions(positions),
             average=average,
         )
+        place = choose_device(device)
         dataset = load_tokens(data, model, max_length=max_length)
         if rows is not None:
             dataset = dataset.select(range(min(rows, len(dataset))))
         tree = extract_dataset(
-            load_model(model, dtype).to(device),
+            load_model(model, dtype).to(place),
             dataset,
             config,
             output=output,

@@ -76,8 +76,10 @@ def extract_dataset(
     StoreMismatchError
         If ``output`` was made with other settings, or from other data; names each.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: at least 1")
+    whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+    batch_size = int(batch_size)
     rows, _ = check_dataset(dataset, "dataset", least_tokens=1)
     digest = dataset_digest(dataset, rows, partial(check_vocabulary, model, name="dataset"))
     extractor = Extractor(model, config, interventions)
@@ -85,7 +87,7 @@ def extract_dataset(
     def batch_at(begin: int) -> ActivationCache:
         numbers = range(begin, min(begin + batch_size, rows))
         with quick_linears(model):
-            return extractor(torch.from_numpy(read_rows(dataset, numbers)))
+            return extractor(torch.tensor(read_rows(dataset, numbers)))
 
     see_batch = any(intervention.kind != "zero" for intervention in interventions)
     if see_batch and rows > batch_size and rows % batch_size:

@@ -161,3 +161,12 @@ def test_plans_of_all_estimators_are_made_by_one_call(problem: Any, tmp_path: Pa
     assert basinscope.plan("susceptibilities", pair, "b").bytes_to_read == 2 * losses
     with pytest.raises(ValueError, match="choose one of llc, bif, susceptibilities"):
         basinscope.plan("rlct", path)  # type: ignore[arg-type]
+
+
+def test_masks_are_given_by_name(problem: Any) -> None:
+    with pytest.raises(TypeError, match="not as param_masks"):
+        wanted(problem, restrictions(problem[0]), param_masks={})
+    with pytest.raises(TypeError, match=r"such as \['full', 'l0'\]; got one string"):
+        wanted(problem, "l0")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="wr_map must map names"):
+        basinscope.compute_susceptibilities("runs/*.zarr", "b")  # type: ignore[arg-type]

@@ -59,6 +59,8 @@ def test_the_usual_store_is_ready_for_a_lens(folder: Path) -> None:
         (["--positions", "first"], "positions 'first'"),
         (["--positions", "9"], "position 9 is out of range"),
         (["--dtype", "int8"], "dtype must be one of"),
+        (["--device", "foo"], "error: device='foo' cannot be used here"),
+        (["--rows", "0"], "--rows"),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(folder: Path, options: list[str], message: str) -> None:

@@ -135,10 +135,25 @@ def test_other_settings_or_data_are_refused(tmp_path: Path) -> None:
         moved.get_parameter("transformer.h.0.mlp.c_fc.weight")[0, 0] += 1
     with pytest.raises(StoreMismatchError, match="model"):
         extract_dataset(moved, dataset(), CONFIG, output=path)
-    with pytest.raises(ValueError, match="batch_size=0"):
-        extract_dataset(model, dataset(), CONFIG, output=path, batch_size=0)
+    wrong: list[Any] = [0, "4", 2.5, True]
+    for size in wrong:
+        with pytest.raises(ValueError, match=f"batch_size={size!r} must be a whole number"):
+            extract_dataset(model, dataset(), CONFIG, output=path, batch_size=size)
+    with pytest.raises(TypeError, match="must be a list of Intervention"):
+        extract_dataset(model, dataset(), CONFIG, output=path, interventions=zero[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no column 'input_ids'"):
         extract_dataset(model, Dataset.from_dict({"text": ["a"]}), CONFIG, output=path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_cannot_be_written_to_raise_no_warning(tmp_path: Path) -> None:
+    dataset().to_json(tmp_path / "rows.json")
+    read = Dataset.from_json(str(tmp_path / "rows.json"), cache_dir=str(tmp_path))
+    torch.set_warn_always(True)
+    try:
+        extract_dataset(tiny("gpt2"), read, CONFIG, output=tmp_path / "a.zarr")
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_a_model_without_a_known_unembedding_is_stored_without(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from basinscope.io.attributions_layout import EMBED, OUTPUT, OUTPUT_TOKENS
 from basinscope.io.stored import StoredArray
 
 SIGNS = ("positive", "negative")
+TEXT_METHODS = ("decode", "convert_ids_to_tokens")  # of a tokenizer
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,6 +84,8 @@ class AttributionStore:
     ------
     FileNotFoundError, ValueError
         If there is nothing at ``path``, or no store of attributions.
+    TypeError
+        If ``tokenizer`` has neither method.
 
     Warns
     -----
@@ -91,6 +94,11 @@ class AttributionStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], tokenizer: Any = None) -> None:
+        if tokenizer is not None and not any(hasattr(tokenizer, name) for name in TEXT_METHODS):
+            raise TypeError(
+                f"tokenizer={tokenizer!r} must have decode([id]) or convert_ids_to_tokens([id]), "
+                "as what AutoTokenizer.from_pretrained() gives does"
+            )
         self._stored = open_attributions(path)
         self._tokenizer = tokenizer
         self._weight = self._stored.unembedding
@@ -432,7 +440,7 @@ def _require_order(k: int, sign: str, metric: str) -> None:
             "mean_squared_attr is a mean of squares and never negative, so sign has no meaning for "
             "it: leave it 'positive', or ask for metric 'attr' or 'attr_abs'"
         )
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
         raise ValueError(f"k={k!r}: give a whole number of at least 1")
 
 

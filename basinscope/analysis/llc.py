@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -167,7 +168,8 @@ def _estimate(
 def _judge(
     traces: list[np.ndarray], n_beta: float, batches: SharedBatches | None
 ) -> dict[str, float]:
-    return {**diagnose_trace(traces), "llc_mcse": n_beta * error_of_rise(traces, batches)}
+    judged = {**diagnose_trace(traces), "llc_mcse": n_beta * error_of_rise(traces, batches)}
+    return {name: np.float64(value) for name, value in judged.items()}  # an array, to be stored
 
 
 def _shared_batches(samples: Samples, row: str, first: int, rows: int) -> SharedBatches | None:
@@ -224,9 +226,9 @@ def sampled_losses(samples: Samples) -> str:
 
 def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
     """Turn steps into rows of the trace: steps, or the draws that come before that step."""
-    if isinstance(burn_in, bool) or not isinstance(burn_in, int) or burn_in < 0:
+    if isinstance(burn_in, bool) or not isinstance(burn_in, numbers.Integral) or burn_in < 0:
         raise ValueError(f"burn_in={burn_in!r}: give a number of steps, 0 or more")
-    rows, counts = burn_in, samples.steps
+    rows, counts = int(burn_in), samples.steps
     if row == dims.DRAW:
         counts = samples.draws
         after = burn_in - int(samples.sampler.get("num_burnin_steps", 0))

@@ -135,6 +135,10 @@ class LogitLens(Projection):
         """
         if metric not in ("logit_diff", "accuracy"):
             raise ValueError(f"metric={metric!r}: give 'logit_diff' or 'accuracy'")
+        if metric == "accuracy" and token_directions is None:
+            raise ValueError(
+                "metric='accuracy' needs token_directions: a pair of token ids for each example"
+            )
         if apply_softmax and token_directions is not None:
             raise ValueError(
                 "apply_softmax needs the logits of all tokens: leave token_directions out, or "

@@ -10,6 +10,7 @@ import dask
 import numpy as np
 from dask.system import CPU_COUNT
 
+from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.stores import Part
 from basinscope.io.copy import chunk_sequences
 from basinscope.io.stored import StoredArray
@@ -69,14 +70,15 @@ class Plan:
     bytes_to_write: int = 0
     notes: tuple[str, ...] = ()
 
-    def validate(self, memory_limit: int) -> None:
-        """Refuse what does not fit.
+    def validate(self, memory_limit: int | str) -> None:
+        """Refuse what does not fit into bytes, or such as "2GiB".
 
         Raises
         ------
         PlanError
             Saying what would fit.
         """
+        memory_limit = parse_memory_limit(memory_limit)
         if self.peak_memory <= memory_limit:
             return
         advice = f"give memory_limit={self.least_memory} ({_size(self.least_memory)}) or more"

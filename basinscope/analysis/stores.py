@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from basinscope.io import dims
+from basinscope.io.dims import observable_id
 from basinscope.io.results import digest
 from basinscope.io.store import (
     FAILED,
@@ -264,7 +265,7 @@ def _require_completed(dataset: xr.Dataset, name: str) -> None:
 
 
 def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str]) -> list[str]:
-    """Check names of observables against a store; "all" gives them sorted.
+    """Find the ids of observables in a store, by their names or ids; "all" gives them sorted.
 
     Raises
     ------
@@ -274,6 +275,7 @@ def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str])
     known = samples.observables
     if isinstance(wanted, str):
         wanted = sorted(known) if wanted == "all" else [wanted]
+    wanted = [name if name in known else observable_id(name) or name for name in wanted]
     missing = [name for name in wanted if name not in known]
     if missing:
         raise ValueError(

@@ -147,6 +147,11 @@ def plan_of_susceptibilities(
 def _opened(
     wr_map: Mapping[str, xr.DataTree | str | os.PathLike[str]], allow_incomplete: bool
 ) -> dict[str, Samples]:
+    if not isinstance(wr_map, Mapping):
+        raise TypeError(
+            f"wr_map must map names of restrictions to stores, {FULL!r} among them; got "
+            f"{type(wr_map).__name__}"
+        )
     if FULL not in wr_map:
         raise ValueError(
             f"wr_map lacks {FULL!r}, the run without a restriction; it has "

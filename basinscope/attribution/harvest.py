@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from basinscope.attribution.backward import BatchAttribution, Importance
 from basinscope.io.attributions import AttributionWriter
 from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS
+from basinscope.io.location import local_path
 from basinscope.io.memory import free_memory
 from basinscope.models.canonical import LinearMap, weight_of
 from basinscope.models.components import Components, neurons
 from basinscope.models.forward import evaluating, max_sequence_length, to_device, vocabulary_size
 from basinscope.models.head import NoLinearHeadError, output_embeddings
+from basinscope.models.positions import plain
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
 from basinscope.sampling.job import check_vocabulary, choose_device, describe_model
@@ -134,6 +136,7 @@ def harvest_attributions(
         If another process writes the store.
     """
     _check_numbers(batch_size, n_batches, rank, world_size, targets_at_once, importance_threshold)
+    output_tokens = _token_ids(output_tokens)
     batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
     with _prepared(model, device):
         embedding, unembedding, head = _ends(model)
@@ -145,7 +148,7 @@ def harvest_attributions(
 
         def batch(number: int) -> Tensor:
             numbers = range(number * batch_size, min((number + 1) * batch_size, rows))
-            return torch.from_numpy(read_rows(dataset, numbers)).to(place)
+            return torch.tensor(read_rows(dataset, numbers), device=place)
 
         attribution = BatchAttribution(
             model, parts, chosen, sources=starts, embedding=embedding, unembedding=unembedding,
@@ -166,7 +169,7 @@ def harvest_attributions(
                     "components_sha256": _digest_of(parts, masks),
                     "importance": None if importance is None else _name_of(importance),
                     "importance_threshold": float(importance_threshold),
-                    "output_token_ids": [int(token) for token in output_tokens],
+                    "output_token_ids": output_tokens,
                     "dataset_fingerprint": fingerprint,
                     "batch_size": int(batch_size),
                     "n_batches": None if n_batches is None else int(n_batches),
@@ -180,7 +183,7 @@ def harvest_attributions(
         ):
             if not writer.completed:
                 _run(attribution, writer, batches, batch, stop, progress)
-    return Path(output_path)
+    return local_path(output_path)
 
 
 def _check_numbers(
@@ -210,6 +213,15 @@ def _check_numbers(
         )
     if not 0 <= importance_threshold < float("inf"):
         raise ValueError(f"importance_threshold={importance_threshold!r} must be 0 or more")
+
+
+def _token_ids(given: Any) -> list[int]:
+    """Give token ids as Python's own numbers."""
+    listed = plain(given)
+    ids: list[Any] = [plain(token) for token in listed] if isinstance(listed, Sequence) else [None]
+    if isinstance(given, str) or not all(type(token) is int for token in ids):
+        raise TypeError(f"output_tokens={given!r} must be a list of token ids, such as [1, 2]")
+    return ids
 
 
 def _plan(
@@ -311,7 +323,7 @@ def _components(
 def _targets(
     components: Mapping[str, Components],
     targets: Sequence[str] | None,
-    tokens: Sequence[int],
+    ids: Sequence[int],
     unembedding: str,
     head: nn.Linear,
 ) -> dict[str, Components]:
@@ -327,14 +339,13 @@ def _targets(
     at = LinearMap(unembedding)
     if OUTPUT in wanted:
         found[OUTPUT] = Components(OUTPUT, at, head.in_features, None, None, "output")
-    if len(tokens):
-        ids = [int(token) for token in tokens]
+    if ids:
         low, high = min(ids), max(ids)
         if low < 0 or high >= head.out_features or len(set(ids)) < len(ids):
             raise ValueError(
                 f"output_tokens must be different ids from 0 to {head.out_features - 1}; got {ids}"
             )
-        reads = head.weight.detach()[ids].T
+        reads = head.weight.detach()[list(ids)].T
         reads = reads.to(torch.promote_types(reads.dtype, torch.float32))
         found[OUTPUT_TOKENS] = Components(OUTPUT_TOKENS, at, len(ids), reads, None, "output")
     if not found:

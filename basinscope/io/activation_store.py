@@ -42,6 +42,7 @@ from basinscope.io.activation_layout import (
     root_attributes,
     rows_per_chunk,
 )
+from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
@@ -90,7 +91,7 @@ def open_activations(
     ValueError
         If what is there is not a store of activations, or is incomplete.
     """
-    path = Path(path)
+    path = local_path(path)
     path = path / STORE if (path / STORE).is_dir() else path
     attributes = require_activations(path)
     layout = attributes["layout"]
@@ -263,7 +264,7 @@ class ActivationWriter:
         ActivationsLockedError
             If another writer has it open.
         """
-        path = Path(path)
+        path = local_path(path)
         arrays = {
             name: _checked_variable(name, variable, num_examples)
             for name, variable in variables.items()

@@ -35,6 +35,7 @@ from basinscope.io.attributions_layout import (
     write_sums,
 )
 from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
+from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION
 from basinscope.io.store import now, provenance, require_same_settings
@@ -89,7 +90,7 @@ class StoredAttributions:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         if not self.path.exists():
             raise FileNotFoundError(f"no store at {path}: check the path, or harvest one first")
         self.metadata = read_attributes(self.path)
@@ -259,7 +260,7 @@ class AttributionWriter:
         AttributionLockedError
             If another process is writing the store.
         """
-        path = Path(path)
+        path = local_path(path)
         attributes = _initial_attributes(metadata, edges)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             _create(path, attributes, unembedding)

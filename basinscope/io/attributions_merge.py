@@ -29,6 +29,7 @@ from basinscope.io.chunked import (
     write_chunk,
     write_group,
 )
+from basinscope.io.location import local_path
 from basinscope.io.store import now, provenance
 from basinscope.io.stored import StoredArray
 
@@ -70,11 +71,17 @@ def merge_attributions(
         If there is something at ``output``.
     FileNotFoundError
         If there is nothing at one of ``paths``.
+    TypeError
+        If ``paths`` is a single path.
     ValueError
         If one of them is no store of attributions or not completed; if two do not belong together
         (naming what differs) or hold the same rank; if ranks are missing.
     """
-    output = Path(output)
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(
+            f"paths={os.fspath(paths)!r} is a single path: give a list of paths, those of all ranks"
+        )
+    output = local_path(output)
     if output.exists():
         raise FileExistsError(f"{output} exists and is left as it is: choose another output")
     if not paths:

@@ -23,6 +23,7 @@ from dask.delayed import Delayed, delayed
 from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
+from basinscope.io.location import local_path
 from basinscope.io.store import now, remove_partial_files, require_same_settings
 
 
@@ -54,7 +55,7 @@ def write_result(
     StoreMismatchError
         If it holds a result of other settings; names each that differs.
     """
-    path = Path(path)
+    path = local_path(path)
     result = result.map_over_datasets(_storable)
     if path.exists():
         _require_same_result(path, settings)

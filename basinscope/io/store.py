@@ -26,6 +26,7 @@ import zarr
 import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
+from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
@@ -78,7 +79,7 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
 
 def require_store(path: str | os.PathLike[str]) -> Path:
     """Raise the errors of :func:`open_store` if there is no sampling store at ``path``."""
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}: check the path, or sample one first")
     if not is_store(path):
@@ -169,7 +170,7 @@ def lazy(tree: xr.DataTree) -> xr.DataTree:
 
 def is_store(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is a Zarr v3 group that holds sampling losses."""
-    path = Path(path)
+    path = local_path(path)
     return (path / "zarr.json").is_file() and (path / "sampling_loss" / "zarr.json").is_file()
 
 
@@ -435,7 +436,7 @@ def require_same_settings(path: Path, stored: Mapping[str, Any], wanted: Mapping
         raise StoreMismatchError(
             f"{path} was written with other settings:\n"
             + "\n".join(differences)
-            + "\nIt is left as it is: choose another output_path, or the store's own settings."
+            + "\nIt is left as it is: choose another path, or the store's own settings."
         )
 
 

@@ -16,6 +16,7 @@ from dask.delayed import delayed
 from zarr.codecs import Crc32cCodec
 
 from basinscope.io import dims
+from basinscope.io.location import local_path
 from basinscope.io.results import progress_bar
 from basinscope.io.schema import sampling_arrays
 from basinscope.io.store import describe_gaps, new_record, record_of
@@ -79,7 +80,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     ValueError
         If it is no Zarr v3 store.
     """
-    root = Path(path)
+    root = local_path(path)
     require_zarr(root)
     damaged: list[str] = []
     config = _config(root)

@@ -113,7 +113,8 @@ def singular_directions(
     UnknownStructureError
         If the model's maps cannot be named.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    whole = isinstance(rank, int | np.integer) and not isinstance(rank, bool)
+    if rank is not None and (not whole or rank < 1):
         raise ValueError(f"rank={rank!r} must be a whole number of at least 1, or None for all")
     found = {}
     for name, linear in _chosen_maps(model, layers).items():

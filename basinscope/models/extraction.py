@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -21,6 +21,7 @@ from basinscope.models.forward import (
     token_logits,
     vocabulary_size,
 )
+from basinscope.models.head import NoLinearHeadError, named_head
 from basinscope.models.interventions import Intervention, intervened
 from basinscope.models.positions import Positions, described, plain, resolve_positions
 from basinscope.models.sites import (
@@ -142,6 +143,8 @@ def extract(
 
     Raises
     ------
+    TypeError
+        If `config` or an intervention is something else.
     ValueError
         Before the model runs: if nothing is asked for, a layer or position is out of range, ids are
         no (example, token) integers of the vocabulary, or the model has no such activation (says
@@ -155,7 +158,7 @@ class Extractor:
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         As :func:`extract`.
     """
 
@@ -165,11 +168,18 @@ class Extractor:
         config: ExtractionConfig,
         interventions: Sequence[Intervention] = (),
     ) -> None:
+        if not isinstance(config, ExtractionConfig):
+            raise TypeError(
+                f"config={config!r} must be an ExtractionConfig, such as "
+                "ExtractionConfig(resid_out=True)"
+            )
         self.model = model
         self.config = config
-        self.interventions = tuple(interventions)
+        self.interventions = _listed(interventions)
         self.sites = find_sites(model)
         self.names = _names(config, self.sites)
+        if "logits" in self.names:
+            _require_head(model)
         self.metadata = _describe(model, config, self.interventions, len(self.sites.layers))
 
     def __call__(self, input_ids: Tensor) -> ActivationCache:
@@ -386,13 +396,41 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _EnoughError
 
 
+def _listed(interventions: Any) -> tuple[Intervention, ...]:
+    listed = tuple(interventions) if isinstance(interventions, Iterable) else (None,)
+    if not all(isinstance(part, Intervention) for part in listed):
+        raise TypeError(
+            f"interventions={interventions!r} must be a list of Intervention, such as "
+            "[Intervention('zero', 'mlp_out_0')]"
+        )
+    return listed
+
+
+def _require_head(model: nn.Module) -> None:
+    """Refuse a Hugging Face model whose output is its last hidden state."""
+    try:
+        if is_hugging_face(model):
+            named_head(model)
+    except NoLinearHeadError as error:
+        raise ValueError(
+            f"logits cannot be extracted: {error}; give a causal LM (AutoModelForCausalLM), or "
+            "leave logits out"
+        ) from error
+
+
 def _names(config: ExtractionConfig, sites: Sites) -> list[str]:
     """Names of all that is asked for, layer by layer; each checked to be there."""
     count = len(sites.layers)
     layers = _layer_numbers(config.layers, count)
     kinds = config.kinds
-    if not kinds or (not layers and set(kinds) - set(OF_THE_MODEL)):
+    if not kinds:
         raise ValueError(f"the configuration asks for nothing; set some of {', '.join(DIMS)}")
+    of_layers = [kind for kind in kinds if kind not in OF_THE_MODEL]
+    if of_layers and not layers:
+        raise ValueError(
+            f"layers={config.layers!r} leaves no layer to take {', '.join(of_layers)} from: give "
+            f"'all', or some of 0 to {count - 1}"
+        )
     names = []
     for kind in kinds:
         if kind in OF_THE_MODEL:

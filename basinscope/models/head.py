@@ -7,7 +7,6 @@ makes of them, so no table of architectures is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +85,22 @@ def linear_of(model: nn.Module, head: LinearHead) -> nn.Linear:
     return module
 
 
+def named_head(model: nn.Module) -> nn.Module:
+    """Give the module that a Hugging Face model names as its output embeddings, of any kind.
+
+    Raises
+    ------
+    NoLinearHeadError
+        If it names none.
+    """
+    if not is_hugging_face(model):
+        raise NoLinearHeadError(f"{type(model).__name__} is no Hugging Face model")
+    module: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+    if module is None:
+        raise NoLinearHeadError(f"{type(model).__name__} names no output embeddings")
+    return module
+
+
 def output_embeddings(model: nn.Module) -> nn.Linear:
     """Give the module whose output the logits are made of.
 
@@ -94,11 +109,7 @@ def output_embeddings(model: nn.Module) -> nn.Linear:
     NoLinearHeadError
         If it is no plain ``nn.Linear``.
     """
-    if not is_hugging_face(model):
-        raise NoLinearHeadError(f"{type(model).__name__} is no Hugging Face model")
-    module: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if module is None:
-        raise NoLinearHeadError(f"{type(model).__name__} names no output embeddings")
+    module = named_head(model)
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         raise NoLinearHeadError(f"its head is a {type(module).__name__}, not an nn.Linear")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -57,17 +57,30 @@ class Intervention:
                 f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_out_0, "
                 "mlp_out_0 or head_out_L0H0, with numbers of your layers and heads"
             )
-        if (self.kind == "patch") != (self.source is not None):
-            raise ValueError(f"kind={self.kind!r} takes a source if, and only if, it is 'patch'")
-        if not isinstance(self.source, Tensor | None) and type(plain(self.source)) is not int:
+        if self.kind == "patch" and self.source is None:
             raise ValueError(
-                f"source={self.source!r}: give an example's number (int), or a torch.Tensor"
+                "'patch' needs source=...: an example's number, or a torch.Tensor to put there"
             )
+        if self.kind != "patch" and self.source is not None:
+            raise ValueError(f"{self.kind!r} takes no source: leave it out, or give 'patch'")
+        self._check_source()
         if match[4] and isinstance(self.source, Tensor):
             raise ValueError(
                 f"{self.target!r} can be patched from another example of its batch only: "
                 "source=its number"
             )
+
+    def _check_source(self) -> None:
+        """Make an example's number Python's own, also one that stands in a tensor."""
+        source: Any = self.source
+        if source is None or (isinstance(source, Tensor) and source.ndim):
+            return
+        if type(plain(source)) is not int:
+            raise ValueError(
+                f"source={source!r}: give an example's number (int), or a torch.Tensor of shape "
+                "(d_model), (position, d_model) or (example, position, d_model)"
+            )
+        object.__setattr__(self, "source", plain(source))
 
     def to_dict(self) -> dict[str, Any]:
         """Describe it for a store's metadata; a tensor by its shape and a digest."""
@@ -76,8 +89,6 @@ class Intervention:
             numbers = source.detach().cpu().double().contiguous().numpy()
             digest = hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
             source = {"shape": list(source.shape), "sha256": digest}
-        else:
-            source = plain(source)
         return {
             "kind": self.kind,
             "target": self.target,
@@ -157,14 +168,14 @@ def _replacement(intervention: Intervention, now: Tensor, scale: float) -> Tenso
         return now.mean(0, keepdim=True).expand_as(now)
     source = intervention.source
     if isinstance(source, Tensor):
-        given = source.to(now) / scale
-        try:
-            return given.expand_as(now)
-        except RuntimeError as error:
+        shape, whole = tuple(source.shape), tuple(now.shape)
+        if shape not in (whole[2:], whole[1:], whole, (1, *whole[1:])):
             raise ValueError(
-                f"the source of {intervention.target!r} has shape {tuple(source.shape)}, the "
-                f"activation (example, position, d_model) {tuple(now.shape)}"
-            ) from error
+                f"the source of {intervention.target!r} has shape {shape}: give (d_model) "
+                f"{whole[2:]}, (position, d_model) {whole[1:]}, or (example, position, d_model) "
+                f"{whole}"
+            )
+        return (source.to(now) / scale).expand_as(now)
     assert source is not None
     if not -len(now) <= source < len(now):
         raise ValueError(f"source={source}: the batch has examples 0 to {len(now) - 1}")

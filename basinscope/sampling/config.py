@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,12 @@ def _whole(least: int) -> Callable[[Any], str | None]:
         return None if least <= int(value) < 2**63 else f"a whole number of at least {least}"
 
     return check
+
+
+def _hint(value: Any) -> str:
+    """What to do about a number that YAML takes for text, as it does ``1e-3``."""
+    text = isinstance(value, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", value.strip())
+    return f": YAML reads this as text, write {float(value):.1e}" if text else ""
 
 
 def _not_negative(value: Any) -> str | None:
@@ -124,6 +131,7 @@ class SamplerConfig:
             if wanted:
                 raise ValueError(
                     f"{spec.name} ({spec.metadata['meaning']}) must be {wanted}; got {value!r}"
+                    f"{_hint(value)}"
                 )
             if isinstance(value, numbers.Real) and not isinstance(value, bool):
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)

@@ -36,7 +36,7 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
         If it is not a ``datasets.Dataset``.
     ValueError
         If the column is missing or holds no integers, there are no rows, their lengths differ,
-        or they have too few tokens.
+        an id is missing, or they have too few tokens.
     """
     import datasets
     import pyarrow as pa
@@ -75,7 +75,8 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
     first, length = None, 0
     arrow = dataset.with_format("arrow")
     for start in range(0, len(dataset), LENGTH_CHECK_ROWS):
-        lengths = _row_lengths(arrow[start : start + LENGTH_CHECK_ROWS])
+        table = arrow[start : start + LENGTH_CHECK_ROWS]
+        lengths = _row_lengths(table)
         if first is None:
             first, length = lengths[0], int(lengths[0])
         odd = np.flatnonzero(lengths != length)
@@ -85,6 +86,12 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
                 f"all rows of {name} must have one length: row 0 has {length} tokens, row {row} "
                 f"has {int(lengths[odd[0]])}. tokenize_and_concatenate() makes equal rows; "
                 "padding would count as data"
+            )
+        missing = _missing_ids(table)
+        if missing.size:
+            raise ValueError(
+                f"row {start + int(missing[0]) // length} of {name} has a missing id (null): give "
+                "every token an id, or leave the row out"
             )
     if length < least_tokens:
         loss = " for a next-token loss" if least_tokens == 2 else ""
@@ -99,6 +106,16 @@ def _row_lengths(table: Any) -> np.ndarray:
 
     lengths = pc.list_value_length(table.column("input_ids")).to_numpy(zero_copy_only=False)
     return np.nan_to_num(np.asarray(lengths, dtype=np.float64)).astype(np.int64)
+
+
+def _missing_ids(table: Any) -> np.ndarray:
+    """Places of nulls among all ids of equally long rows."""
+    import pyarrow.compute as pc
+
+    ids = pc.list_flatten(table.column("input_ids"))
+    if not ids.null_count:
+        return np.empty(0, np.int64)
+    return np.flatnonzero(pc.is_null(ids).to_numpy())
 
 
 def read_rows(dataset: Any, rows: Sequence[int] | np.ndarray) -> np.ndarray:

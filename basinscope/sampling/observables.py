@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def read_observables(
                 f"got a tuple of {len(given)}"
             )
         dataset, batches = given if isinstance(given, tuple) else (given, batches_per_draw)
-        if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        if isinstance(batches, bool) or not isinstance(batches, numbers.Integral) or batches < 1:
             raise ValueError(
                 f"{label}: batches_per_draw must be a whole number of at least 1; got {batches!r}"
             )
@@ -92,6 +93,7 @@ def read_observables(
                 f"{label} has sequences of {length} tokens, the sampling data set of "
                 f"{sequence_length}: all must have one length"
             )
+        batches = int(batches)
         count = batch_size * batches
         if num_rows < count:
             raise ValueError(

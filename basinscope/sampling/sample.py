@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 import os
 import tempfile
 import time
@@ -18,6 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from basinscope.io.codecs import rounding_error
+from basinscope.io.location import local_path
 from basinscope.io.store import (
     FAILED,
     SampleStore,
@@ -248,15 +250,15 @@ def sample(
         autocast=autocast,
         loss_keep_bits=loss_keep_bits,
     )
-    _check_count("workers", workers)
-    if not isinstance(prefix_cache_bytes, int) or prefix_cache_bytes < 0:
+    workers = _count("workers", workers)
+    if not isinstance(prefix_cache_bytes, numbers.Integral) or prefix_cache_bytes < 0:
         raise ValueError(
             f"prefix_cache_bytes must be a number of bytes, 0 or more; got {prefix_cache_bytes!r}"
         )
     if chains_at_once is not None:
-        _check_count("chains_at_once", chains_at_once)
+        chains_at_once = _count("chains_at_once", chains_at_once)
     if checkpoint_every is not None:
-        _check_count("checkpoint_every", checkpoint_every)
+        checkpoint_every = _count("checkpoint_every", checkpoint_every)
     asked = _check_chains(chains, config.num_chains)
     if profile is not None and (workers > 1 or (chains_at_once or 1) > 1):
         raise ValueError("profile= traces one chain: use it with workers=1 and chains_at_once=1")
@@ -272,7 +274,7 @@ def sample(
             "train_mode, loss_fn and profile"
         )
 
-    path = None if output_path is None else Path(output_path)
+    path = None if output_path is None else local_path(output_path)
     if path is not None and _is_taken(path):
         raise FileExistsError(
             f"{path} exists and is not a sampling store; it is left as it is. "
@@ -289,10 +291,9 @@ def sample(
     )
     if cuda_graph and job.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {job.device}")
-    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=prefix_cache_bytes)
-    path = path or _temporary_path(config)
+    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=int(prefix_cache_bytes))
     settings = job.settings()
-    if is_store(path):
+    if path is not None and is_store(path):
         store = SampleStore(path)
         stored = store.attributes.get("metadata", {}).get("config", {})
         require_same_settings(path, stored, settings)
@@ -301,12 +302,18 @@ def sample(
             return open_store(path)
 
     warn_about_rounding(job)
-    working = working_copy(job)
-    with stop_on_signals() as stop, torch.random.fork_rng(devices=cuda_devices(job.device)):
+    with (
+        torch.inference_mode(mode=False),  # whatever the caller's mode is
+        torch.enable_grad(),
+        stop_on_signals() as stop,
+        torch.random.fork_rng(devices=cuda_devices(job.device)),
+    ):
+        working = working_copy(job)
         if loss_fn is None:
             few = job.token_ids(job.batch_rows(0)[0][:1])[:, :PROBE_TOKENS]
             job = replace(job, head=head_or_none(working, few))
         _check_loss(job, working)
+        path = path or _temporary_path(config)
         if is_store(path):
             store = SampleStore(path)
         else:
@@ -359,9 +366,10 @@ def _usual_chains_at_once(job: SamplingJob, profile: Any) -> int:
     return torch.get_num_threads()
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
+    return int(value)
 
 
 def _check_chains(chains: Sequence[int] | None, num_chains: int) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask
 import numpy as np
@@ -267,6 +267,16 @@ def test_what_is_wrong_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         ask(made.store)
+
+
+def test_the_number_of_lines_may_be_of_numpy(made: Made) -> None:
+    few: Any = np.int64(2)
+    assert made.store.top_sources(INTO, few) == made.store.top_sources(INTO, 2)
+
+
+def test_a_name_is_no_tokenizer(made: Made) -> None:
+    with pytest.raises(TypeError, match=r"tokenizer='gpt2' must have decode\(\[id\]\) or"):
+        AttributionStore(made.path, "gpt2")
 
 
 def test_an_unfinished_store_says_how_far_it_is_and_answers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from basinscope.analysis.diagnostics import (
 )
 from basinscope.analysis.plan import PlanError
 from basinscope.io.store import SampleStore
+from tests.analysis.stores_random import random_tree
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
@@ -295,3 +296,19 @@ def test_analysis_never_imports_torch(store: Path) -> None:
         "assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(store)], check=True)
+
+
+def test_an_estimate_that_was_not_computed_can_be_written(store: Path, tmp_path: Path) -> None:
+    lazy = basinscope.compute_llc(store, burn_in=np.int64(2))
+    lazy.drop_attrs().to_zarr(tmp_path / "llc.zarr")
+    xr.testing.assert_equal(xr.open_zarr(tmp_path / "llc.zarr").compute(), lazy.compute())
+
+
+def test_observables_go_by_their_names_too() -> None:
+    tree = random_tree(0, observables={"pile_github": 2, "_2nd": 1})
+    by_name = basinscope.compute_llc(tree, observables=["pile/github", "2nd"])
+    assert {"llc_pile_github", "llc__2nd"} <= set(by_name.data_vars)
+    got = basinscope.compute_bif(tree, loss_keys=["pile/github"])
+    xr.testing.assert_equal(got, basinscope.compute_bif(tree, loss_keys=["pile_github"]))
+    with pytest.raises(ValueError, match="no observable 'c_d'; it has _2nd, pile_github"):
+        basinscope.compute_llc(tree, observables=["c/d"])

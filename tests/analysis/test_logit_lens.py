@@ -587,6 +587,7 @@ def test_keys_that_are_not_there() -> None:
         ([1, (2, 3, 4), 4], {}, r"token_directions\[1\] is \(2, 3, 4\): give a token id or a pair"),
         ([1, 2.5, 4], {}, r"token_directions\[1\] is 2.5"),
         ([1, 2, 3], {"metric": "accuracy"}, r"token_directions\[0\] is one token: .* pairs"),
+        (None, {"metric": "accuracy"}, "metric='accuracy' needs token_directions: .* pair"),
         ([1, 2, 3], {"metric": "loss"}, "metric='loss': give 'logit_diff' or 'accuracy'"),
         ([1, 2, 3], {"apply_softmax": True}, "apply_softmax needs the logits of all tokens"),
         (None, {"statistics": "mine"}, "statistics='mine': give 'auto', 'own' or 'final'"),

@@ -471,6 +471,12 @@ def test_wrong_components_and_data_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("tokens", ["12", 3, [1.5], [True], None])
+def test_output_tokens_are_a_list_of_ids(tokens: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"output_tokens=.* must be a list of token ids"):
+        harvested(built("gpt2"), token_rows(3, 5, seed=15), tmp_path, output_tokens=tokens)
+
+
 def test_sums_larger_than_the_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -202,6 +202,9 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
         merge_attributions([tmp_path / "running.zarr"], tmp_path / "all.zarr")
     with pytest.raises(ValueError, match="no parts to merge"):
         merge_attributions([], tmp_path / "all.zarr")
+    for single in (tmp_path / "s.zarr", str(tmp_path / "s.zarr")):
+        with pytest.raises(TypeError, match=r"s\.zarr' is a single path: give a list of paths"):
+            merge_attributions(single, tmp_path / "all.zarr")  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError, match="nowhere"):
         merge_attributions([tmp_path / "nowhere"], tmp_path / "all.zarr")
     whole = random_store(tmp_path / "s.zarr")

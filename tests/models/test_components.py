@@ -144,6 +144,8 @@ def test_singular_directions_are_those_of_the_weight() -> None:
     assert torch.allclose(weight @ part.V, part.U.T * values[:4] ** 2)
     assert (part.U.gather(1, part.U.abs().argmax(1, keepdim=True)) > 0).all()
     assert singular_directions(model, rank=99)["1.attn.k"].size == min(weight.shape)
+    few: Any = np.int64(2)
+    assert singular_directions(model, rank=few)["1.attn.k"].size == 2
 
 
 def test_narrow_weights_have_float32_factors() -> None:

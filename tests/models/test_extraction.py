@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from basinscope.models.activation_cache import ActivationCache
 from basinscope.models.extraction import ExtractionConfig, Extractor, extract
+from basinscope.models.interventions import Intervention
 from basinscope.models.restrictions import structure_of
 from basinscope.models.sites import find_sites
 from basinscope.models.stream import stream_of
@@ -408,7 +409,14 @@ def test_a_cache_says_what_it_holds() -> None:
         (lambda m: extract(m, ids()[:0], config("resid_out")), "is empty"),
         (lambda m: extract(m, ids() > 3, config("resid_out")), "must be integers"),
         (lambda m: extract(m, ids().tolist(), config("resid_out")), "must be a torch.Tensor"),
-        (lambda m: extract(m, ids(), config("resid_out", layers=[])), "asks for nothing"),
+        (
+            lambda m: extract(m, ids(), config("resid_out", layers=[])),
+            r"layers=\[\] leaves no layer to take resid_out from: give 'all', or some of 0 to 1",
+        ),
+        (
+            lambda m: extract(m.get_submodule("transformer"), ids(), config("logits")),
+            "logits cannot be extracted: GPT2Model names no output embeddings; give a causal LM",
+        ),
         (lambda m: extract(m, ids(), config("resid_out", layers=1)), "layers=1: 'all', or a list"),
         (lambda m: extract(m, ids(), config("resid_out", layers=[True])), "or a list of numbers"),
     ],
@@ -416,6 +424,23 @@ def test_a_cache_says_what_it_holds() -> None:
 def test_bad_input_is_refused(act: Callable[[nn.Module], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         act(tiny("gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("given", "interventions", "message"),
+    [
+        ({"resid_out": True}, [], "must be an ExtractionConfig, such as"),
+        (None, [], "config=None must be an ExtractionConfig"),
+        (config("resid_out"), Intervention("zero", "embed"), "must be a list of Intervention"),
+        (config("resid_out"), ["zero"], "must be a list of Intervention"),
+        (config("resid_out"), None, "interventions=None must be a list"),
+    ],
+)
+def test_what_is_no_configuration_or_intervention(
+    given: Any, interventions: Any, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        extract(tiny("gpt2"), ids(), given, interventions)
 
 
 def test_layers_that_add_nothing_say_so() -> None:

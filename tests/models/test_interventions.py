@@ -116,6 +116,13 @@ def test_interventions_on_one_site_follow_one_another(name: str) -> None:
     torch.testing.assert_close(back[target], plain)
 
 
+@pytest.mark.parametrize("number", [np.int64(2), torch.tensor(2), np.array(2)])
+def test_an_examples_number_may_be_wrapped(number: Any) -> None:
+    assert Intervention("patch", "resid_out_0", source=number).source == 2
+    given = Intervention("patch", "head_out_L0H1", source=number)
+    assert given == Intervention("patch", "head_out_L0H1", source=2)
+
+
 def test_interventions_are_gone_afterwards_and_written_down() -> None:
     model = tiny("gpt2")
     plain = extract(model, ids(), ALL)
@@ -145,8 +152,9 @@ def test_interventions_are_gone_afterwards_and_written_down() -> None:
     [
         (("none", "resid_in_0"), "choose one of zero, mean, patch"),
         (("zero", "resid_mid_0"), "it can be embed, resid_in_0"),
-        (("patch", "resid_in_0"), "takes a source if, and only if"),
-        (("zero", "resid_in_0", "all", 1), "takes a source if, and only if"),
+        (("patch", "resid_in_0"), "'patch' needs source="),
+        (("zero", "resid_in_0", "all", 1), "'zero' takes no source"),
+        (("patch", "resid_in_0", "all", torch.tensor(2.0)), "give an example's number"),
         (("patch", "head_out_L0H0", "all", torch.ones(4)), "from another example of its batch"),
         (("patch", "resid_in_0", "all", True), "give an example's number"),
         (("patch", "resid_in_0", "all", np.ones(4)), "or a torch.Tensor"),
@@ -166,6 +174,9 @@ def test_interventions_that_make_no_sense_are_refused(arguments: Any, message: s
         (Intervention("zero", "resid_in_0", [LENGTH]), "position 6 is out of range"),
         (Intervention("patch", "resid_in_0", source=3), "examples 0 to 2"),
         (Intervention("patch", "resid_in_0", source=torch.ones(5)), "has shape .5,."),
+        (Intervention("patch", "resid_in_0", source=torch.ones(1)), "has shape .1,."),
+        (Intervention("patch", "resid_in_0", source=torch.ones(LENGTH, 1)), r"give \(d_model\)"),
+        (Intervention("patch", "resid_in_0", source=torch.ones(2, LENGTH, 16)), "has shape .2, 6"),
     ],
 )
 def test_interventions_that_do_not_fit_are_refused(

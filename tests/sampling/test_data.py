@@ -159,6 +159,16 @@ def test_a_missing_row_is_named() -> None:
         check_dataset(Dataset(table), "dataset")
 
 
+@pytest.mark.parametrize("kind", FEATURES)
+def test_a_missing_id_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LENGTH_CHECK_ROWS", 5)
+    rows = ROWS.tolist()
+    rows[7][2] = None
+    features = Features({"input_ids": FEATURES[kind]})
+    with pytest.raises(ValueError, match=r"row 7 of dataset has a missing id \(null\)"):
+        check_dataset(Dataset.from_dict({"input_ids": rows}, features=features), "dataset")
+
+
 def rows_as(kind: str) -> Dataset:
     features = Features({"input_ids": FEATURES[kind]})
     return Dataset.from_dict({"input_ids": ROWS.tolist()}, features=features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -525,3 +526,49 @@ def contents(path: Path) -> dict[str, bytes]:
     files = (p for p in path.rglob("*") if p.is_file())
     directories = {str(p.relative_to(path)): b"" for p in path.rglob("*") if p.is_dir()}
     return {**directories, **{str(p.relative_to(path)): p.read_bytes() for p in files}}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_is_no_matter(mode: Any) -> None:
+    model, data = tiny_model("gpt2"), token_rows(16, 9, 1)
+
+    def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        logits = model(ids).logits[:, :-1].transpose(1, 2)
+        return nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none")
+
+    with mode():
+        inside = sample(model, data, {"a": data}, loss_fn=loss, **GOOD)
+        assert not torch.is_grad_enabled()
+    outside = sample(model, data, {"a": data}, loss_fn=loss, **GOOD)
+    np.testing.assert_array_equal(inside["loss_a"], outside["loss_a"])
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+    model, data, two = tiny_model("gpt2"), token_rows(16, 9, 1), np.int64(2)
+    counts: dict[str, Any] = dict.fromkeys(("checkpoint_every", "chains_at_once"), two)
+    got = sample(model, data, {"a": (data, two)}, prefix_cache_bytes=two, **counts, **GOOD)
+    assert got["loss_a"].shape[2] == 8
+
+
+def test_a_failed_call_leaves_no_temporary_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("a bug of the caller's")
+
+    with pytest.raises(RuntimeError, match="a bug of the caller's"):
+        sample(
+            tiny_model("gpt2"),
+            token_rows(16, 9, 1),
+            {"a": token_rows(16, 9, 1)},
+            loss_fn=broken,
+            **GOOD,
+        )
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_number_that_yaml_takes_for_text_is_explained() -> None:
+    with pytest.raises(ValueError, match=r"got '1e-3': YAML reads this as text, write 1\.0e-03"):
+        SamplerConfig(lr="1e-3", n_beta=1.0)  # type: ignore[arg-type]
