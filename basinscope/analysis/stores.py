@@ -275,14 +275,17 @@ def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str])
     known = samples.observables
     if isinstance(wanted, str):
         wanted = sorted(known) if wanted == "all" else [wanted]
-    wanted = [name if name in known else observable_id(name) or name for name in wanted]
-    missing = [name for name in wanted if name not in known]
+    found = [
+        observable_id(name) if name not in known and isinstance(name, str) else name
+        for name in wanted
+    ]
+    missing = [name for name in found if name not in known]
     if missing:
         raise ValueError(
             f"{samples.name} has no observable {', '.join(map(repr, missing))}; it has "
             f"{', '.join(sorted(known)) or 'none'}"
         )
-    return list(wanted)
+    return found
 
 
 def unread(variable: xr.DataArray) -> da.Array | np.ndarray:

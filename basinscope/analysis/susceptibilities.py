@@ -23,7 +23,6 @@ from basinscope.analysis.means import (
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
 from basinscope.analysis.stores import Part, Samples, choose_observables, cut, open_samples, unread
-from basinscope.io.dims import observable_id
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
@@ -185,11 +184,11 @@ def _observables(
 ) -> tuple[str, list[str]]:
     """Resolve names to ids that "full" has: the task, and what is asked about, sorted."""
     full = stores[FULL]
-    (task,) = choose_observables(full, [observable_id(task)])
+    (task,) = choose_observables(full, [task])
     if names is None:
         probes = [name for name in full.observables if with_task or name != task]
     else:
-        probes = choose_observables(full, [observable_id(name) for name in names])
+        probes = choose_observables(full, list(names))
     if not probes:
         raise ValueError(
             f"no observable is left to ask about: {full.name} has {', '.join(full.observables)} "

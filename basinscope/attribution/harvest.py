@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from basinscope.attribution.backward import BatchAttribution, Importance
 from basinscope.io.attributions import AttributionWriter
 from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS
-from basinscope.io.location import local_path
 from basinscope.io.memory import free_memory
 from basinscope.models.canonical import LinearMap, weight_of
 from basinscope.models.components import Components, neurons
@@ -183,7 +182,7 @@ def harvest_attributions(
         ):
             if not writer.completed:
                 _run(attribution, writer, batches, batch, stop, progress)
-    return local_path(output_path)
+    return writer.path
 
 
 def _check_numbers(

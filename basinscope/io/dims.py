@@ -25,4 +25,4 @@ def observable_id(name: str) -> str:
     ('pile_github', '_2nd_set')
     """
     cleaned = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
-    return f"_{cleaned}" if cleaned[0].isdigit() else cleaned
+    return f"_{cleaned}" if cleaned[:1].isdigit() else cleaned

@@ -310,5 +310,6 @@ def test_observables_go_by_their_names_too() -> None:
     assert {"llc_pile_github", "llc__2nd"} <= set(by_name.data_vars)
     got = basinscope.compute_bif(tree, loss_keys=["pile/github"])
     xr.testing.assert_equal(got, basinscope.compute_bif(tree, loss_keys=["pile_github"]))
-    with pytest.raises(ValueError, match="no observable 'c_d'; it has _2nd, pile_github"):
-        basinscope.compute_llc(tree, observables=["c/d"])
+    for unknown, shown in {"c/d": "'c_d'", "": "''", 3: "3"}.items():
+        with pytest.raises(ValueError, match=f"no observable {shown}; it has _2nd, pile_github"):
+            basinscope.compute_llc(tree, observables=[unknown])  # type: ignore[list-item]
