@@ -1,7 +1,7 @@
 """Chain checkpoints: what a chain needs to go on from the middle, inside its store.
 
 There are two slots. The chain's record names the one that counts, and it is replaced last, so a
-process killed at any moment leaves a valid checkpoint or none.
+process killed at any moment, or a machine that fails, leaves a valid checkpoint or none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
+
+from basinscope.io.durable import settle_tree
 
 SLOTS = ("checkpoint_a", "checkpoint_b")
 CHUNK = 64 * 2**20  # bytes in one file
@@ -48,6 +50,7 @@ def write_checkpoint(
             dimension_names=(f"bytes_{name}",),
         )
         array[:] = values
+    settle_tree(_directory(store, chain, slot))
     return slot
 
 

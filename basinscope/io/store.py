@@ -26,6 +26,7 @@ import zarr
 import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
+from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
@@ -275,7 +276,9 @@ class SampleStore:
                 _create_array(root, name, spec)
             for chain in range(num_chains):
                 root.create_group(f"chains/{chain}", attributes=new_record())
+            settle_tree(draft)
             draft.rename(path)
+            settle(path)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_store(path):
                 raise
@@ -301,9 +304,10 @@ class SampleStore:
         return records_of(self.path)
 
     def update_record(self, chain: int, **fields: Any) -> None:
-        """Replace some fields of one chain's record, atomically."""
-        group = zarr.open_group(self.path / "chains" / str(chain), mode="r+")
-        group.update_attributes(fields)
+        """Replace some fields of one chain's record, atomically and for good."""
+        directory = self.path / "chains" / str(chain)
+        zarr.open_group(directory, mode="r+").update_attributes(fields)
+        settle(directory / "zarr.json")
 
     def unfinished(self) -> list[int]:
         """List the chains that are neither done nor failed."""
@@ -357,6 +361,7 @@ class SampleStore:
                 "seconds": total_seconds(records),
             }
         )
+        settle(self.path / "zarr.json")
         return True
 
     def remove_litter(self, chain: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import zarr
 
+from basinscope.io.durable import settle, written_files
+
 PENDING_BYTES = 256 * 2**20  # most bytes that wait for the disk before put() waits too
 
 
@@ -145,6 +147,8 @@ class BackgroundWriter:
         ready = np.asarray(values)
         start = time.perf_counter()
         self.arrays[name][region] = ready
+        for file in written_files(self.path / name, self.arrays[name], region):
+            settle(file)
         self.write_seconds[chain] += time.perf_counter() - start
 
 
