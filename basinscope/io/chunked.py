@@ -19,6 +19,7 @@ import numpy as np
 from numcodecs import blosc
 
 from basinscope.io.codecs import BLOSC_BLOCK
+from basinscope.io.durable import settle
 
 LEVEL = 1  # of zstd; sums hold noise in most of their bits, which no level compresses
 
@@ -30,10 +31,12 @@ def write_group(path: Path, attributes: Mapping[str, Any] | None = None) -> None
 
 
 def replace_attributes(path: Path, attributes: Mapping[str, Any]) -> None:
-    """Give a group other attributes, in one step."""
+    """Give a group other attributes, in one step and for good."""
     draft = path / f"zarr.json.{uuid.uuid4().hex}.partial"
     draft.write_text(_group(attributes))
+    settle(draft)
     draft.replace(path / "zarr.json")
+    settle(path)
 
 
 def _group(attributes: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ import zarr
 import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
+from basinscope.io.chunked import read_attributes, replace_attributes
 from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
@@ -306,8 +307,7 @@ class SampleStore:
     def update_record(self, chain: int, **fields: Any) -> None:
         """Replace some fields of one chain's record, atomically and for good."""
         directory = self.path / "chains" / str(chain)
-        zarr.open_group(directory, mode="r+").update_attributes(fields)
-        settle(directory / "zarr.json")
+        replace_attributes(directory, {**read_attributes(directory), **fields})
 
     def unfinished(self) -> list[int]:
         """List the chains that are neither done nor failed."""
@@ -353,15 +353,13 @@ class SampleStore:
             remove_checkpoints(self.path, chain)
         for name in ("chains", *self.arrays):
             remove_partial_files(self.path / name)
-        zarr.open_group(self.path, mode="r+").update_attributes(
-            {
-                "completed": 1,
-                "finished_at": now(),
-                "failed_chains": [c for c, r in records.items() if r["state"] == FAILED],
-                "seconds": total_seconds(records),
-            }
-        )
-        settle(self.path / "zarr.json")
+        final = {
+            "completed": 1,
+            "finished_at": now(),
+            "failed_chains": [c for c, r in records.items() if r["state"] == FAILED],
+            "seconds": total_seconds(records),
+        }
+        replace_attributes(self.path, {**read_attributes(self.path), **final})
         return True
 
     def remove_litter(self, chain: int) -> None:
