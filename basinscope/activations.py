@@ -19,6 +19,7 @@ import xarray as xr
 from basinscope.io import activations
 from basinscope.io.activation_store import ActivationWriter, open_activations
 from basinscope.io.activations import OF_A_RUN, ActivationSaver
+from basinscope.io.location import local_path
 
 if TYPE_CHECKING:
     import torch
@@ -162,13 +163,15 @@ def import_easyroutine(
     ValueError
         If runs could not be imported, once all others are; says why, and what to do.
     """
-    runs = sorted(file.parent for file in Path(source).resolve().rglob("tensor.pt"))
+    base_dir = local_path(base_dir, "a base directory")
+    folder = local_path(source, "runs of easyroutine").resolve()
+    runs = sorted(file.parent for file in folder.rglob("tensor.pt"))
     if not runs:
         raise FileNotFoundError(f"there is no tensor.pt in {source}, or in a directory below it")
     paths, problems = [], []
     for run in runs:
         try:
-            paths.append(_import_run(run, Path(base_dir)))
+            paths.append(_import_run(run, base_dir))
         except (ValueError, TypeError, OSError) as error:
             problems.append(f"  {run}: {error}")
     if problems:

@@ -79,6 +79,8 @@ def bif(
     compute_covariance: bool = False,
     bif_batch_size: int | None = None,
     bif_device: str | None = None,
+    top_k: int | None = None,
+    queries: Literal["all"] | Sequence[tuple[int, int]] = "all",
     loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
     **sample_kwargs: Any,
 ) -> xr.Dataset:
@@ -92,6 +94,8 @@ def bif(
         As :func:`basinscope.compute_bif` takes them.
     bif_batch_size, bif_device
         Its ``batch_size`` and ``device``.
+    top_k, queries
+        As :func:`basinscope.compute_bif` takes them.
 
     Returns
     -------
@@ -107,6 +111,8 @@ def bif(
         "compute_covariance": compute_covariance,
         "batch_size": bif_batch_size,
         "device": bif_device,
+        "top_k": top_k,
+        "queries": queries,
     }
     BifOptions(**options)  # wrong ones are refused before anything is sampled
     tree = sample(

@@ -125,6 +125,7 @@ def info(store: StorePath) -> None:
         from basinscope.io.store import SampleStore, open_store, total_seconds
         from basinscope.report.tables import arrays_table, chains_table, phases_table
 
+        _refuse_other_kinds(store)
         tree = open_store(store)
         attributes = tree.attrs
         out.print(
@@ -148,6 +149,31 @@ def info(store: StorePath) -> None:
             if seconds := total_seconds(records):
                 out.print()
                 out.print(phases_table(seconds))
+
+
+def _refuse_other_kinds(store: Path) -> None:
+    """Say what a store is that holds no samples, and what shows it."""
+    from basinscope.io.activation_index import STORE
+    from basinscope.io.activation_layout import KIND
+    from basinscope.io.attributions_layout import is_attribution_store
+    from basinscope.io.chunked import read_attributes
+
+    attributes = read_attributes(store)
+    if attributes.get("kind") == KIND or (store / STORE).is_dir():
+        what = f"a store of activations: see it with basinscope activations show {store}"
+    elif is_attribution_store(attributes):
+        what = (
+            f"a store of attributions: see it with basinscope attribute report {store} -o "
+            "page.html, or ask it with basinscope attribute top"
+        )
+    elif {"settings", "computed_at"} <= attributes.keys():
+        what = (
+            f"the result of an analysis: open it in Python with xarray.open_datatree('{store}', "
+            "engine='zarr', consolidated=False)"
+        )
+    else:
+        return
+    raise ValueError(f"{store} is {what}")
 
 
 @app.command()

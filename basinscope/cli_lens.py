@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,8 +64,7 @@ def lens(
         from basinscope.report.lens_figures import MAX_POSITIONS
         from basinscope.report.page import require_new
 
-        for file in filter(None, (png, html)):
-            require_new(file)
+        png, html = (None if file is None else require_new(file) for file in (png, html))
         tree = open_activations(store, allow_incomplete=True)
         dataset = tree.to_dataset()
         layers, chosen = _chosen(dataset, stream, layer, position, example)
@@ -164,13 +164,20 @@ def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:
 
 
 def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
-    """From a token id to its text."""
+    """From a token id to its text; to the id itself, with a warning, where the model has none."""
     from basinscope.analysis.lens_inputs import model_name
-    from basinscope.sampling.loading import load_tokenizer
+    from basinscope.sampling.loading import lacks_tokenizer, load_tokenizer
 
     name = tokenizer or model_name(dataset)
     if name is None:
         raise ValueError("the store does not name its model: give --tokenizer too")
+    if tokenizer is None and lacks_tokenizer(name):
+        warnings.warn(
+            f"no tokenizer was found in the model's folder {name}, so token ids are shown: give "
+            "one with --tokenizer",
+            stacklevel=2,
+        )
+        return str
     found = load_tokenizer(name)
     piece = getattr(found, "id_to_token", None) or found.convert_ids_to_tokens
 

@@ -181,9 +181,12 @@ def test_a_dict_of_tensors_is_imported(tmp_path: Path) -> None:
     assert sorted(p.name for p in old.iterdir()) == ["metadata.json", "tensor.pt"]
 
 
-def test_a_single_tensor_is_imported(tmp_path: Path) -> None:
+def test_a_single_tensor_is_imported_from_and_to_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     write_old(tmp_path / "run", torch.ones(2, 3))
-    import_easyroutine(tmp_path / "run", tmp_path / "new")
+    import_easyroutine("~/run", "~/new")
     tree, _ = ActivationLoader(tmp_path / "new", "paper").query().load()
     np.testing.assert_array_equal(tree["activations"], np.ones((2, 3)))
 

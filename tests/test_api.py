@@ -43,6 +43,22 @@ def test_bif_samples_and_correlates(problem: Any, tmp_path: Path) -> None:
     assert got["influences"].shape == (24, 24)
 
 
+def test_bif_gives_the_strongest_partners(problem: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.zarr"
+    options: dict[str, Any] = {"top_k": 3, "queries": [(0, 1), (5, 8)]}
+    got = basinscope.bif(*problem, **SETTINGS, **options, output_path=path, progress=False)
+    expected = basinscope.compute_bif(path, **options)
+    for name in ("influences", "partner_batch", "partner_target_position"):
+        np.testing.assert_array_equal(got[name], expected[name])
+    assert got["influences"].shape == (2, 2, 3)
+    with pytest.raises(ValueError, match="top_k looks for partners of single tokens"):
+        basinscope.bif(
+            *problem, **SETTINGS, top_k=3, correlation_method="sequence",
+            output_path=tmp_path / "never.zarr",
+        )  # fmt: skip
+    assert not (tmp_path / "never.zarr").exists()
+
+
 @pytest.mark.peer
 def test_susceptibilities_equal_the_peers(problem: Any, tmp_path: Path) -> None:
     from devinterp.slt.susceptibilities import susceptibilities as by_peer

@@ -15,10 +15,12 @@ from typer.testing import CliRunner, Result
 
 import basinscope
 from basinscope.cli import CHAIN_FAILED, DAMAGED, app
+from basinscope.io.activations import ActivationSaver
 from basinscope.io.store import SampleStore
 from basinscope.report.console import readable_errors, short_warnings
 from basinscope.sampling.run_file import parse_chains
 from tests.conftest import token_rows
+from tests.io.attributions_random import random_store
 from tests.models_small import tiny_model
 
 SAMPLER = {"lr": 1e-3, "n_beta": 10, "num_chains": 3, "num_draws": 6, "batch_size": 4,
@@ -30,6 +32,7 @@ def folder(tmp_path: Path) -> Path:
     tiny_model("gpt_neox").save_pretrained(tmp_path / "model")
     token_rows(40, 9, seed=1).save_to_disk(tmp_path / "data")
     token_rows(30, 9, seed=2).to_parquet(tmp_path / "observed.parquet")
+    (tmp_path / "text.txt").write_text("some words")
     return tmp_path
 
 
@@ -135,7 +138,12 @@ def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
         ({"sampler": {**SAMPLER, "batch_size": 0}}, "batch_size"),
         ({"colour": "red"}, "unknown colour"),
         ({"dtype": "int4"}, "dtype must be one of"),
-        ({"dataset": "nowhere"}, "dataset.path="),
+        ({"dataset": "nowhere"}, "run.yaml, dataset: '"),
+        ({"dataset": "nowhere"}, "nowhere' does not exist: it must be a directory of Dataset"),
+        ({"observables": {"a": {"path": "nowhere"}}}, "run.yaml, observables.a.path: '"),
+        ({"dataset": {"path": 3}}, "dataset.path: expected the path of a data set"),
+        ({"dataset": 3}, "dataset must be a path, or a mapping with 'path'; got 3"),
+        ({"dataset": {"path": "text.txt", "max_length": 5}}, "is text, and no tokenizer was found"),
         ({"dataset": {"max_length": 5}}, "dataset needs a path"),
         ({"observables": {"a": {"path": "data", "rows": 3}}}, "unknown rows"),
     ],
@@ -156,6 +164,35 @@ def test_what_is_no_store_is_said_so(tmp_path: Path) -> None:
         other = invoke(command, tmp_path)
         assert other.exit_code == 2
         assert "is not a sampling store" in other.output
+
+
+def test_info_says_what_holds_no_samples(folder: Path) -> None:
+    store = folder / "runs" / "samples.zarr"
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+    assert invoke("bif", store, "--average", "-o", folder / "bif.zarr").exit_code == 0
+    arrays = {"resid_out_0": np.zeros((2, 3, 4), np.float32)}
+    run = ActivationSaver(folder / "saved").save(arrays, "tiny", "all", None, {})
+    attributions = random_store(folder / "attributions.zarr")
+    for path, said in (
+        (run, f"is a store of activations: see it with basinscope activations show {run}"),
+        (run / "activations.zarr", "is a store of activations: see it with basinscope activations"),
+        (attributions, "is a store of attributions: see it with basinscope attribute report"),
+        (folder / "bif.zarr", "is the result of an analysis: open it in Python with xarray.open"),
+    ):
+        shown = invoke("info", path)
+        assert shown.exit_code == 2
+        assert said in shown.output.replace("\n", " ")
+
+
+def test_paths_of_a_run_file_may_be_in_a_home(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    observed = {"first": {"path": "~/observed.parquet", "batches_per_draw": 2}}
+    given = {"model": "~/model", "dataset": "~/data", "output": "~/home.zarr"}
+    done = invoke("sample", write_plan(folder, observables=observed, **given))
+    assert done.exit_code == 0, done.output
+    assert "loss_first" in basinscope.open_store(folder / "home.zarr")
 
 
 def test_help_names_every_command_and_doctor_the_paths() -> None:
@@ -240,10 +277,11 @@ def test_a_dry_run_says_what_would_be_read_and_does_nothing(folder: Path) -> Non
     assert "memory_limit" in invoke("bif", store, "--average", "--memory-limit", "10").output
 
 
-def test_a_profile_holds_a_page_and_figures(folder: Path) -> None:
+def test_a_profile_holds_a_page_and_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
     store = folder / "runs" / "samples.zarr"
     assert invoke("sample", write_plan(folder)).exit_code == 0
-    done = invoke("bif", store, "--average", "--profile", folder / "profile")
+    done = invoke("bif", store, "--average", "--profile", "~/profile")
     assert done.exit_code == 0, done.output
     summary = json.loads((folder / "profile" / "summary.json").read_text())
     plan = basinscope.plan("bif", store, average_tokenwise_bif=True)
@@ -252,6 +290,9 @@ def test_a_profile_holds_a_page_and_figures(folder: Path) -> None:
     assert summary["gb_per_s"] == pytest.approx(rate, abs=1e-5)
     assert summary["file_bytes"] > 0
     assert "bokeh" in (folder / "profile" / "profile.html").read_text()[:5000].lower()
+    refused = invoke("bif", store, "--average", "--profile", folder / "run.yaml")
+    assert refused.exit_code == 2
+    assert "run.yaml is no directory" in refused.output.replace("\n", " ")
 
 
 def test_brackets_in_messages_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

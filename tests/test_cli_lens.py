@@ -13,6 +13,7 @@ import pytest
 import typer
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from basinscope import cli_lens
@@ -99,6 +100,25 @@ def test_tokens_as_text(folder: Path, tokenizer: str) -> None:
     table = invoke(store, "--text", "--tokenizer", folder / tokenizer, "--top", 40)
     assert "word17" in table.output
     assert "\\n·[b]" in table.output  # not taken for a style of the terminal
+
+
+def test_a_model_without_a_tokenizer_is_said_so_and_ids_are_shown(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    rows = Dataset.from_dict({"input_ids": some_ids(ROWS, POSITIONS).tolist()})
+    store = tmp_path / "s.zarr"
+    extract_dataset(model, rows, CONFIG, output=store)
+    shown = invoke(store, "--text", "--json")
+    assert shown.exit_code == 0, shown.output
+    (said,) = shown.stderr.splitlines()
+    assert f"no tokenizer was found in the model's folder {folder / 'model'}" in said
+    assert "token ids are shown" in said
+    figures = json.loads(shown.stdout)
+    assert np.ravel(figures["words"]).tolist() == [str(t) for t in np.ravel(figures["tokens"])]
+    asked = invoke(store, "--text", "--tokenizer", folder / "model")
+    assert asked.exit_code == 2
+    assert "no tokenizer was found in" in " ".join(asked.output.split())
 
 
 def test_measures_and_the_picture(folder: Path, tmp_path: Path) -> None:

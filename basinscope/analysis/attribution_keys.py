@@ -26,7 +26,7 @@ class Key:
         ValueError
             If ``text`` is not of this form.
         """
-        layer, _, index = text.rpartition(":")
+        layer, _, index = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         if not (layer and index.isascii() and index.isdecimal()):
             raise ValueError(
                 f"{text!r} is no key: give LAYER:INDEX, such as '0.mlp.up:5', 'embed:123' or "
@@ -153,8 +153,8 @@ class Graph:
     def _require_layer(self, layer: str, valid: Sequence[str], role: str) -> None:
         if layer in valid:
             return
-        what = f"is no {role}" if layer in self._sizes else "is no layer of this store"
-        close = get_close_matches(layer, valid, n=3)
+        what = f"is no {role}" if str(layer) in self._sizes else "is no layer of this store"
+        close = get_close_matches(str(layer), valid, n=3)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
             f"{layer!r} {what}: {hint}its {role}s are {', '.join(valid) or 'none at all'}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,9 @@ class Scales:
     def __init__(self, stored: StoredAttributions, metric: str, normalize: Normalize) -> None:
         self._stored = stored
         self._squared = require_one_of(metric, METRICS, "metric") == "mean_squared_attr"
-        measures = [normalize] if isinstance(normalize, str) else list(normalize or ())
+        given: Any = () if normalize is None else normalize
+        one = isinstance(given, str) or not isinstance(given, Iterable)
+        measures = [given] if one else list(given)
         for measure in measures:
             require_one_of(measure, NORMALISATIONS, "normalize")
         if set(BY_SOURCE) <= set(measures):

@@ -86,6 +86,8 @@ def matching_keys(dataset: xr.Dataset, pattern: str) -> list[str]:
     ------
     KeyError
         If none does; lists those there are, and names that are near.
+    TypeError
+        If `pattern` is no text.
 
     Examples
     --------
@@ -94,6 +96,11 @@ def matching_keys(dataset: xr.Dataset, pattern: str) -> list[str]:
     >>> matching_keys(dataset, "resid_out_{i}")
     ['resid_out_9', 'resid_out_10']
     """
+    if not isinstance(pattern, str):
+        raise TypeError(
+            f"target_key={pattern!r}: give the name of an activation such as 'resid_out_3', or a "
+            "pattern such as 'resid_out_{i}'"
+        )
     names = _lens_names(dataset)
     expression = re.compile(re.sub(r"\\\{\w*\\\}", r"\\d+", re.escape(pattern)))
     found = sorted((n for n in names if expression.fullmatch(n)), key=numbers_in)

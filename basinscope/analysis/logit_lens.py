@@ -189,8 +189,9 @@ class LogitLens(Projection):
             position, k), largest first. Names with more numbers than a layer's (or none) stand
             along ``component`` instead of ``layer``. Token -1 where activations are not finite.
         """
-        if not 1 <= k <= self.vocab_size:
-            raise ValueError(f"k={k}: give 1 to {self.vocab_size}")
+        whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+        if not whole or not 1 <= k <= self.vocab_size:
+            raise ValueError(f"k={k!r}: give 1 to {self.vocab_size}, a whole number")
         dataset = self._opened(activations)
         readings = self._readings(dataset, target_key, True, statistics)
         parts = []

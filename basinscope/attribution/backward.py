@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -261,12 +262,22 @@ class BatchAttribution:
         if self.importance is None:
             return {}
         shaped = {name: found.view(*ids.shape, -1) for name, found in activations.items()}
-        given = self.importance(shaped, ids)
+        given: Any = self.importance(shaped, ids)
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"importance gave {type(given).__name__}: it must give a dict of layer to "
+                "a tensor of importances (batch, token, C)"
+            )
         checked = {}
         for name, importance in given.items():
             if name not in activations:
                 raise ValueError(
                     f"importance gave {name!r}, which is none of {', '.join(activations)}"
+                )
+            if not isinstance(importance, Tensor):
+                raise TypeError(
+                    f"importance gave {type(importance).__name__} for {name}: it must be a tensor "
+                    f"of shape {tuple(shaped[name].shape)}, as its activations"
                 )
             if importance.shape != shaped[name].shape:
                 raise ValueError(

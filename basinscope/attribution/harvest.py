@@ -136,6 +136,11 @@ def harvest_attributions(
     """
     _check_numbers(batch_size, n_batches, rank, world_size, targets_at_once, importance_threshold)
     output_tokens = _token_ids(output_tokens)
+    if importance is not None and not callable(importance):
+        raise TypeError(
+            "importance must be a function (activations, input_ids) -> importances by layer, or "
+            f"None; got {type(importance).__name__}"
+        )
     batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
     with _prepared(model, device):
         embedding, unembedding, head = _ends(model)

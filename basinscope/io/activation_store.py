@@ -10,7 +10,6 @@ nothing: shuffled and compressed, 1.39 bytes are left of it either way.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -42,7 +41,8 @@ from basinscope.io.activation_layout import (
     root_attributes,
     rows_per_chunk,
 )
-from basinscope.io.location import local_path
+from basinscope.io.chunked import read_attributes
+from basinscope.io.location import local_path, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
@@ -114,17 +114,14 @@ def open_activations(
 def require_activations(path: Path) -> dict[str, Any]:
     """Read the attributes of a store of activations."""
     if not path.exists():
-        raise FileNotFoundError(f"no activations at {path}: check the path")
-    try:
-        attributes: dict[str, Any] = json.loads((path / "zarr.json").read_text())["attributes"]
-        if attributes["kind"] == KIND:
-            return attributes
-    except (OSError, KeyError, TypeError, json.JSONDecodeError):
-        pass
-    raise ValueError(
-        f"{path} is not a store of activations (a Zarr v3 group of kind {KIND!r}): it is left as "
-        "it is; give the path of one, or a new path"
-    )
+        raise FileNotFoundError(f"no activations at {path}: check the path, or extract some first")
+    attributes = read_attributes(path)
+    if attributes.get("kind") != KIND:
+        raise ValueError(
+            f"{path} is not a store of activations (a Zarr v3 group of kind {KIND!r}): pass what "
+            "extract_dataset() or ActivationSaver.save() wrote"
+        )
+    return attributes
 
 
 def _read_arrays(path: Path, layout: Mapping[str, Any], count: int | None) -> xr.Dataset:
@@ -259,12 +256,15 @@ class ActivationWriter:
         ------
         ValueError
             If ``path`` holds something else, or an argument is wrong.
+        NotADirectoryError
+            If ``path`` is below a file.
         StoreMismatchError
             If the store was made with other arguments; names each that differs.
         ActivationsLockedError
             If another writer has it open.
         """
         path = local_path(path)
+        require_place(path)
         arrays = {
             name: _checked_variable(name, variable, num_examples)
             for name, variable in variables.items()
@@ -273,7 +273,12 @@ class ActivationWriter:
         own = root_attributes(arrays, num_examples, attrs, coordinates, unembedding)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             _create(path, arrays, own, coordinates, unembedding, chunk_bytes)
-        stored = require_activations(path)
+        stored = read_attributes(path)
+        if stored.get("kind") != KIND:
+            raise ValueError(
+                f"{path} exists and is not a store of activations: it is left as it is; choose "
+                "another path"
+            )
         require_same_settings(path, _settings(stored), _settings(own))
         return cls(path)
 

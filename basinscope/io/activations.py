@@ -39,6 +39,7 @@ from basinscope.io.activation_runs import (
     require_stopped,
     time_of,
 )
+from basinscope.io.location import local_path
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -72,7 +73,7 @@ class ActivationSaver:
     """
 
     def __init__(self, base_dir: str | os.PathLike[str], experiment_name: str = "default") -> None:
-        self.base_dir = Path(base_dir)
+        self.base_dir = local_path(base_dir, "a base directory")
         self.experiment_name = require_experiment_name(experiment_name)
 
     def __repr__(self) -> str:
@@ -235,7 +236,7 @@ class ActivationLoader:
     results: type[QueryResult]
 
     def __init__(self, base_dir: str | os.PathLike[str], experiment_name: str = "default") -> None:
-        self.base_dir = Path(base_dir)
+        self.base_dir = local_path(base_dir, "a base directory")
         self.experiment_name = require_experiment_name(experiment_name)
 
     def __repr__(self) -> str:

@@ -35,7 +35,7 @@ from basinscope.io.attributions_layout import (
     write_sums,
 )
 from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION
 from basinscope.io.store import now, provenance, require_same_settings
@@ -257,10 +257,13 @@ class AttributionWriter:
         ValueError
             If ``path`` holds something else, which is left as it is; if the unembedding differs; if
             the metadata lacks a field, or the sizes contradict its ``layers``.
+        NotADirectoryError
+            If ``path`` is below a file.
         AttributionLockedError
             If another process is writing the store.
         """
         path = local_path(path)
+        require_place(path)
         attributes = _initial_attributes(metadata, edges)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             _create(path, attributes, unembedding)

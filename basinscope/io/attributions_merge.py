@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from basinscope.io.chunked import (
     write_chunk,
     write_group,
 )
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, require_place
 from basinscope.io.store import now, provenance
 from basinscope.io.stored import StoredArray
 
@@ -72,7 +72,7 @@ def merge_attributions(
     FileNotFoundError
         If there is nothing at one of ``paths``.
     TypeError
-        If ``paths`` is a single path.
+        If ``paths`` is no list of paths.
     ValueError
         If one of them is no store of attributions or not completed; if two do not belong together
         (naming what differs) or hold the same rank; if ranks are missing.
@@ -81,9 +81,14 @@ def merge_attributions(
         raise TypeError(
             f"paths={os.fspath(paths)!r} is a single path: give a list of paths, those of all ranks"
         )
+    if isinstance(paths, Mapping) or not isinstance(paths, Iterable):
+        raise TypeError(
+            f"paths must be a list of paths, those of all ranks; got {type(paths).__name__}"
+        )
     output = local_path(output)
     if output.exists():
         raise FileExistsError(f"{output} exists and is left as it is: choose another output")
+    require_place(output)
     if not paths:
         raise ValueError("there are no parts to merge: give the stores that the ranks wrote")
     stores = [StoredAttributions(path) for path in paths]

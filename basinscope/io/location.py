@@ -1,4 +1,4 @@
-"""Where a store is: a path of this machine."""
+"""Where a store or another file is: a path of this machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import re
 from pathlib import Path
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
+def local_path(path: str | os.PathLike[str], of: str = "a store") -> Path:
     """Turn what a user gives into a path, ``~`` expanded.
+
+    Parameters
+    ----------
+    path : path
+    of : str
+        What is there, for messages.
 
     Raises
     ------
@@ -23,13 +29,30 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     'runs/s.zarr'
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"expected the path of a store; got {type(path).__name__}: {path!r:.80}")
+        raise TypeError(
+            f"expected the path of {of}, a str or a pathlib.Path; got {type(path).__name__}"
+        )
     text = os.fspath(path)
     if not text:
-        raise ValueError("the path of the store is empty: give one such as 'samples.zarr'")
+        raise ValueError(f"the path of {of} is empty: give one such as 'runs/first'")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
         raise ValueError(
-            f"{text!r} is a URL: stores are directories of this machine's file systems; mount the "
-            "place and give its path"
+            f"{text!r} is a URL: {of} is read and written on this machine's file systems only; "
+            "mount the place and give its path"
         )
     return Path(text).expanduser()
+
+
+def require_place(path: Path) -> None:
+    """Refuse a path below a file, where nothing can be made, before long work.
+
+    Raises
+    ------
+    NotADirectoryError
+        Naming the file.
+    """
+    above = next((parent for parent in path.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise NotADirectoryError(
+            f"{path} cannot be made, as {above} is no directory: choose another path"
+        )

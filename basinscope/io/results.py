@@ -23,7 +23,7 @@ from dask.delayed import Delayed, delayed
 from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, require_place
 from basinscope.io.store import now, remove_partial_files, require_same_settings
 
 
@@ -52,10 +52,13 @@ def write_result(
     ------
     ValueError
         If ``path`` holds something else.
+    NotADirectoryError
+        If it is below a file.
     StoreMismatchError
         If it holds a result of other settings; names each that differs.
     """
     path = local_path(path)
+    require_place(path)
     result = result.map_over_datasets(_storable)
     if path.exists():
         _require_same_result(path, settings)
@@ -72,9 +75,10 @@ def write_result(
 
 def begun_chunks(path: str | os.PathLike[str], name: str) -> tuple[int, ...] | None:
     """Give the chunks of an array of a result that was begun; None if there is none."""
-    if not (Path(path) / name / "zarr.json").is_file():
+    array = local_path(path) / name
+    if not (array / "zarr.json").is_file():
         return None
-    chunks: tuple[int, ...] = zarr.open_array(Path(path) / name, mode="r").chunks
+    chunks: tuple[int, ...] = zarr.open_array(array, mode="r").chunks
     return chunks
 
 

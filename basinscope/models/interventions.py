@@ -51,7 +51,7 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
-        match = _TARGET.fullmatch(self.target)
+        match = _TARGET.fullmatch(self.target) if isinstance(self.target, str) else None
         if match is None:
             raise ValueError(
                 f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_out_0, "

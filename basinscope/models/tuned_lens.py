@@ -56,7 +56,7 @@ def load_tuned_lens(
         If the lens is for another model, or its files are none of a tuned lens; says which field
         of ``config.json`` or which entry of ``params.pt`` it is.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     for name in (CONFIG, PARAMETERS):
         if not (path / name).is_file():
             found = ", ".join(sorted(file.name for file in path.glob("*"))) or "nothing"

@@ -56,7 +56,7 @@ def attribution_page(
     ValueError
         If one of the components is neither source nor target; says what there is.
     """
-    require_new(Path(path))
+    require_new(path)
     components = list(components)
     for key in components:
         strongest(store, key, k=1, metric="attr", normalize=normalize)  # raises before long work

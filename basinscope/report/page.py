@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from basinscope.io.location import local_path, require_place
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -42,8 +44,7 @@ def write_page(
     FileExistsError
         If there is something at ``path``.
     """
-    path = Path(path)
-    require_new(path)
+    path = require_new(path)
     name, choices = switch or ("", ())
     listed = "".join(
         f"<dt>{escape(fact)}</dt><dd>{escape(str(value))}</dd>" for fact, value in facts.items()
@@ -60,10 +61,21 @@ def write_page(
     return path
 
 
-def require_new(path: Path) -> None:
-    """Refuse a path where there is something, before long work."""
+def require_new(path: str | os.PathLike[str]) -> Path:
+    """Give the path of a file to be made; refuse one that cannot be, before long work.
+
+    Raises
+    ------
+    FileExistsError
+        If there is something at ``path``.
+    NotADirectoryError
+        If it is below a file.
+    """
+    path = local_path(path, "a page or picture")
     if path.exists():
         raise FileExistsError(f"{path} exists and is left as it is: choose another name")
+    require_place(path)
+    return path
 
 
 def section(heading: str, content: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +13,13 @@ from typing import Any
 import psutil
 
 from basinscope.analysis.plan import Plan
+from basinscope.io.location import local_path, require_place
 
 IO_COUNTERS = Path("/proc/self/io")
 
 
 @contextmanager
-def profiled(directory: Path, plan: Plan) -> Iterator[dict[str, Any]]:
+def profiled(directory: str | os.PathLike[str], plan: Plan) -> Iterator[dict[str, Any]]:
     """Profile what runs inside, and leave the findings in a directory.
 
     ``profile.html`` is Dask's own: the performance report of the cluster where a
@@ -26,7 +28,7 @@ def profiled(directory: Path, plan: Plan) -> Iterator[dict[str, Any]]:
 
     Parameters
     ----------
-    directory : Path
+    directory : path
         Made if it is not there.
     plan : Plan
         Of what runs.
@@ -44,6 +46,8 @@ def profiled(directory: Path, plan: Plan) -> Iterator[dict[str, Any]]:
         If bokeh, which draws the profile, is not installed.
     """
     _require_bokeh()
+    directory = local_path(directory, "a profile")
+    require_place(directory / "profile.html")
     directory.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
     on_cluster = _client() is not None

@@ -30,7 +30,7 @@ def samples_page(tree: xr.DataTree, path: str | os.PathLike[str], name: str) -> 
     FileExistsError
         If there is something at ``path``.
     """
-    require_new(Path(path))
+    require_new(path)
     llc = compute_llc(tree).compute()
     figures = llc_figures(llc)
     numbers = [

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 _LOADERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "tekken.json")  # files, one of which is there
 
 
 def load_model(name: str, dtype: str = "float32") -> Any:
@@ -46,7 +47,17 @@ def load_tokenizer(name: str) -> Any:
     -------
     tokenizers.Tokenizer or transformers.PreTrainedTokenizerBase
         The former, which takes neither transformers nor torch, wherever there is such a file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it is a directory without a tokenizer.
     """
+    if lacks_tokenizer(name):
+        raise FileNotFoundError(
+            f"no tokenizer was found in {name}: give the folder where one was saved, a "
+            "tokenizer.json, or a name on the hub"
+        )
     file = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     if file.is_file():
         from tokenizers import Tokenizer
@@ -55,6 +66,12 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
+
+
+def lacks_tokenizer(name: str) -> bool:
+    """Whether this is a directory without a tokenizer; of such, transformers makes an empty one."""
+    folder = Path(name)
+    return folder.is_dir() and not any(any(folder.glob(files)) for files in _OF_TOKENIZERS)
 
 
 def load_tokens(
@@ -83,7 +100,7 @@ def load_tokens(
     Raises
     ------
     FileNotFoundError
-        If there is no such directory or file.
+        If there is no such directory or file, or text and no tokenizer.
     ValueError
         If text comes without `max_length`.
     """
@@ -97,8 +114,9 @@ def load_tokens(
         extra = {"sample_by": "document"} if loader == "text" else {}
         dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
     else:
+        problem = "must be" if path.exists() else "does not exist: it must be"
         raise FileNotFoundError(
-            f"{str(path)!r} must be a directory of Dataset.save_to_disk, or a file ending in "
+            f"{str(path)!r} {problem} a directory of Dataset.save_to_disk, or a file ending in "
             f"{', '.join(_LOADERS)}"
         )
     if "input_ids" in dataset.column_names:
@@ -109,6 +127,11 @@ def load_tokens(
 
     if max_length is None:
         raise ValueError(f"{str(path)!r} is text, so it needs max_length (tokens per row)")
+    if lacks_tokenizer(tokenizer):
+        raise FileNotFoundError(
+            f"{str(path)!r} is text, and no tokenizer was found in {tokenizer}: save the model's "
+            "there with save_pretrained(), or give token ids"
+        )
     return tokenize_and_concatenate(
         dataset,
         AutoTokenizer.from_pretrained(tokenizer),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from basinscope.io.activation_runs import LONGEST
 from basinscope.io.dims import observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
 
 Around = Callable[[torch.nn.Module, int, Tensor], AbstractContextManager[None]]
 """(model, number of a batch, its ids) -> what its evaluation runs inside of."""
+LONGEST_ID = LONGEST - len("input_ids_")  # bytes; the store names directories so
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,13 @@ def read_observables(
     for name, given in observables.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"an observable's name must be a non-empty string; got {name!r}")
+        obs_id = observable_id(name)
+        if len(os.fsencode(obs_id)) > LONGEST_ID:
+            raise ValueError(
+                f"the observable's name {name[:20]!r}... is too long: it has "
+                f"{len(os.fsencode(obs_id))} bytes as part of a directory's name, which takes at "
+                f"most {LONGEST_ID}; rename it"
+            )
         label = f"observable {name!r}"
         if isinstance(given, tuple) and len(given) != 2:
             raise ValueError(
@@ -100,7 +110,6 @@ def read_observables(
                 f"{label} has {num_rows} rows, fewer than batch_size * batches_per_draw = "
                 f"{batch_size} * {batches} = {count}: give more rows or fewer batches"
             )
-        obs_id = observable_id(name)
         if obs_id in found:
             raise ValueError(
                 f"observables {found[obs_id].name!r} and {name!r} would both be stored as "

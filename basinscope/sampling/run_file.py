@@ -9,6 +9,7 @@ from typing import Any
 
 import xarray as xr
 
+from basinscope.io.location import local_path
 from basinscope.models.restrictions import create_param_masks
 from basinscope.sampling.findings import ModelReport
 from basinscope.sampling.loading import load_model, load_tokens
@@ -57,7 +58,7 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
             raise ValueError(
                 f"{path}: say where the store goes: output: runs/samples.zarr, or --out"
             )
-        arguments["output_path"] = path.parent / plan["output"]
+        arguments["output_path"] = path.parent / local_path(plan["output"])
     if isinstance(arguments.get("chains"), str):
         arguments["chains"] = parse_chains(arguments["chains"])
     for required in ("lr", "n_beta"):
@@ -158,19 +159,24 @@ def _refuse_unknown(path: Path, where: str, given: Mapping[str, Any], known: set
 
 def _located(config: Path, name: str) -> str:
     """A path next to the configuration, or a name for the hub."""
-    local = config.parent / name
+    local = config.parent / Path(name).expanduser()
     return str(local) if local.exists() else name
 
 
 def _load_data(config: Path, where: str, given: Any, tokenizer: str) -> tuple[Any, int | None]:
     """Load a data set that the file names, and how many of its batches a draw takes."""
+    if not isinstance(given, str | Mapping):
+        raise ValueError(
+            f"{config}: {where} must be a path, or a mapping with 'path'; got {given!r}"
+        )
     options: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
     _refuse_unknown(config, where, options, DATA_KEYS)
     if "path" not in options:
         raise ValueError(f"{config}: {where} needs a path")
-    path = config.parent / options.pop("path")
+    key = where if isinstance(given, str) else f"{where}.path"
     batches = options.pop("batches_per_draw", None)
     try:
+        path = config.parent / local_path(options.pop("path"), "a data set")
         return load_tokens(path, tokenizer, **options), batches
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{config}: {where}.path={error}") from error
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise type(error)(f"{config}, {key}: {error}") from error

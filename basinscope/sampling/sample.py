@@ -19,7 +19,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from basinscope.io.codecs import rounding_error
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, require_place
 from basinscope.io.store import (
     FAILED,
     SampleStore,
@@ -207,8 +207,8 @@ def sample(
         Before any sampling: an argument, data set, mask or model that does not fit.
     StoreMismatchError
         If ``output_path`` has a store of other settings; names each field.
-    FileExistsError
-        If ``output_path`` has something that is not a store.
+    FileExistsError, NotADirectoryError
+        If ``output_path`` has something that is not a store, or is below a file.
     StoreWriteError
         If the store cannot be written, as soon as that is known.
 
@@ -280,6 +280,9 @@ def sample(
             f"{path} exists and is not a sampling store; it is left as it is. "
             "Choose another output_path"
         )
+    trace = None if profile is None else local_path(profile, "a profile")
+    for made in filter(None, (path, trace)):
+        require_place(made)
     job = prepare_job(
         model,
         dataset,
@@ -345,7 +348,7 @@ def sample(
                     stop=stop,
                     report=report,
                     at_once=min(len(todo), chains_at_once or _usual_chains_at_once(job, profile)),
-                    profile=None if profile is None else Path(profile),
+                    profile=trace,
                     profile_steps=profile_steps,
                 )
         store.finish()

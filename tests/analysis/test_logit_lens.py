@@ -667,8 +667,11 @@ def test_other_things_than_activations(tmp_path: Path) -> None:
         lens.compute({"resid_out_0": np.zeros((3, 32))}, "resid_out_0")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         lens.compute(tmp_path / "nowhere", "resid_out_0")
-    with pytest.raises(ValueError, match="k=41: give 1 to 40"):
-        lens.top_tokens(cache, "resid_out_0", 41)
+    for count in (41, 2.5, True, "3", None):
+        with pytest.raises(ValueError, match=f"k={count!r}: give 1 to 40, a whole number"):
+            lens.top_tokens(cache, "resid_out_0", count)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="target_key=3: give the name of an activation such as"):
+        lens.top_tokens(cache, 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="outside the vocabulary of 40"):
         lens.measures(cache, targets=np.full((EXAMPLES, POSITIONS), 40))
     with pytest.raises(ValueError, match=r"targets have shape \(1, 2\)"):

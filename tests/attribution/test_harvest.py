@@ -453,6 +453,26 @@ def test_wrong_input_is_refused(changed: dict[str, Any], message: str, tmp_path:
         harvested(model, dataset, tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (3, r"importance must be a function \(activations, input_ids\).*; got int"),
+        (lambda acts, ids: 3, "importance gave int: it must give a dict of layer to"),
+        (
+            lambda acts, ids: {"0.mlp.up": 3},
+            r"importance gave int for 0\.mlp\.up: it must be a tensor of shape \(2, 5, 64\)",
+        ),
+    ],
+)
+def test_importances_are_tensors(importance: Any, message: str, tmp_path: Path) -> None:
+    model = built("gpt2")
+    with pytest.raises(TypeError, match=message):
+        harvested(
+            model, token_rows(3, 5, seed=15), tmp_path,
+            components=neurons(model, ["0.mlp.up"]), importance=importance,
+        )  # fmt: skip
+
+
 def test_wrong_components_and_data_are_refused(tmp_path: Path) -> None:
     model, dataset = built("gpt2"), token_rows(3, 5, seed=15)
     parts = neurons(model, ["0.mlp.up"])

@@ -468,15 +468,23 @@ def test_what_is_no_such_store_is_refused_untouched(kind: str, tmp_path: Path) -
         path.mkdir()
         (path / "zarr.json").write_text('{"attributes": {"kind": "activ')
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    for action in (lambda: writer(path, 70), lambda: open_activations(path)):
-        with pytest.raises(ValueError, match="is not a store of activations"):
-            action()
+    with pytest.raises(ValueError, match="exists and is not a store of activations: it is left as"):
+        writer(path, 70)
+    with pytest.raises(ValueError, match=r"is not a store of activations .* wrote$") as told:
+        open_activations(path)
+    assert "new path" not in str(told.value)
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
 
 
 def test_there_is_nothing_to_open(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no activations at"):
         open_activations(tmp_path / "a.zarr")
+
+
+def test_no_store_is_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is no directory"):
+        writer(tmp_path / "file" / "a.zarr", 9)
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:

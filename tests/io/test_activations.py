@@ -57,6 +57,17 @@ def numbers(base: Path, experiment: str = "default", **filters: Any) -> list[int
     return [run.metadata["target_token_positions"][1] for run in found]
 
 
+def test_a_home_is_expanded_and_what_is_no_path_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ActivationSaver("~/runs").base_dir == tmp_path / "runs"
+    assert ActivationLoader("~/runs").base_dir == tmp_path / "runs"
+    for kind in (ActivationSaver, ActivationLoader):
+        with pytest.raises(TypeError, match=r"path of a base directory, a str or .*; got int"):
+            kind(3)  # type: ignore[arg-type]
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path, 7, other_metadata={"lr": 0.1}, tag="first")
     assert path.parent == tmp_path / "default" / "org_tiny"

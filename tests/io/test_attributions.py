@@ -252,6 +252,8 @@ def test_what_is_something_else_is_left_as_it_is(tmp_path: Path) -> None:
             new_writer(tmp_path / name)
         with pytest.raises(ValueError, match=f"{name} is not a store of attributions"):
             open_attributions(tmp_path / name)
+    with pytest.raises(NotADirectoryError, match="file is no directory"):
+        new_writer(tmp_path / "file" / "s.zarr")
     assert contents(tmp_path) == before
     with pytest.raises(FileNotFoundError, match="no store at"):
         open_attributions(tmp_path / "nothing")

@@ -212,6 +212,12 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path) -> None:
     for output in (whole, tmp_path / "mine"):
         with pytest.raises(FileExistsError, match="exists and is left as it is"):
             merge_attributions([whole], output)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="file is no directory"):
+        merge_attributions([whole], tmp_path / "file" / "all.zarr")
+    for wrong in (3, xr.DataTree(), {"0": whole}):
+        with pytest.raises(TypeError, match=r"paths must be a list of paths, .*; got \w+$"):
+            merge_attributions(wrong, tmp_path / "all.zarr")  # type: ignore[arg-type]
     assert not (tmp_path / "all.zarr").exists()
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import xarray as xr
 
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, require_place
 
 
 def test_paths_are_paths_and_homes_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,8 +26,26 @@ def test_paths_are_paths_and_homes_are_expanded(monkeypatch: pytest.MonkeyPatch)
         (b"x.zarr", TypeError, "got bytes"),
         (None, TypeError, "got NoneType"),
         ({"a": 1}, TypeError, "got dict"),
+        (xr.DataTree(), TypeError, r"path of a store, a str or a pathlib\.Path; got DataTree$"),
     ],
 )
 def test_what_is_no_path_is_refused(given: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         local_path(given)
+
+
+def test_what_the_path_is_of_is_named() -> None:
+    with pytest.raises(TypeError, match="expected the path of a page, a str"):
+        local_path(3, "a page")  # type: ignore[arg-type]
+
+
+def test_nothing_can_be_made_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for below in ("file/a.zarr", "file/runs/a.zarr"):
+        with pytest.raises(
+            NotADirectoryError, match=r"a\.zarr cannot be made, as .*file is no dir"
+        ):
+            require_place(tmp_path / below)
+    for fine in ("file", "new/runs/a.zarr"):
+        require_place(tmp_path / fine)
+    require_place(Path("a.zarr"))

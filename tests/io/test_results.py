@@ -13,7 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from basinscope.io.results import digest, write_result
+from basinscope.io.results import begun_chunks, digest, write_result
 from basinscope.io.store import StoreMismatchError
 
 SETTINGS = {"kind": "test", "options": {"covariance": False, "rows": [1, 2]}}
@@ -178,6 +178,20 @@ def test_a_path_that_holds_something_else_is_refused_and_untouched(
     with pytest.raises(ValueError, match=r"r\.zarr exists and is no result.*choose another"):
         write_result(lazy_result(calls), path, SETTINGS)
     assert (contents(tmp_path), calls) == (before, [])
+
+
+def test_nothing_is_computed_for_a_path_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    calls = list[Any]()
+    with pytest.raises(NotADirectoryError, match="file is no directory: choose another path"):
+        write_result(lazy_result(calls), tmp_path / "file" / "r.zarr", SETTINGS)
+    assert not calls
+
+
+def test_a_begun_result_is_found_in_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_result(lazy_result(), tmp_path / "r.zarr", SETTINGS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert begun_chunks("~/r.zarr", "even") == (4, 3)
 
 
 @pytest.mark.parametrize("name", [*ARRAYS, "x", "sub/sign", "sub/few"])

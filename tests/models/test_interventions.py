@@ -152,6 +152,8 @@ def test_interventions_are_gone_afterwards_and_written_down() -> None:
     [
         (("none", "resid_in_0"), "choose one of zero, mean, patch"),
         (("zero", "resid_mid_0"), "it can be embed, resid_in_0"),
+        (("zero", 3), "target=3: it can be embed, resid_in_0"),
+        (("zero", None), "target=None: it can be"),
         (("patch", "resid_in_0"), "'patch' needs source="),
         (("zero", "resid_in_0", "all", 1), "'zero' takes no source"),
         (("patch", "resid_in_0", "all", torch.tensor(2.0)), "give an example's number"),

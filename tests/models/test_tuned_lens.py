@@ -41,6 +41,11 @@ def test_what_is_read_maps_as_the_linear_layers_do(folder: Path) -> None:
         assert weight.dtype == bias.dtype == np.float32
 
 
+def test_a_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(load_tuned_lens(f"~/{folder.name}")) == LAYERS
+
+
 def test_a_lens_without_biases_and_in_16_bits(folder: Path) -> None:
     state = {f"{layer}.weight": torch.eye(WIDTH, dtype=torch.float16) for layer in range(LAYERS)}
     torch.save(state, folder / "params.pt")

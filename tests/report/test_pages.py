@@ -39,6 +39,19 @@ def test_a_page_is_never_overwritten(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+def test_a_home_is_expanded_and_a_place_below_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_page("~/a.html", "title", {}, []) == tmp_path / "a.html"
+    with pytest.raises(FileExistsError, match="left as it is"):
+        samples_page(small_tree(), "~/a.html", "store")
+    with pytest.raises(NotADirectoryError, match=r"a\.html is no directory"):
+        write_page("~/a.html/b.html", "title", {}, [])
+    with pytest.raises(TypeError, match="expected the path of a page or picture"):
+        write_page(3, "title", {}, [])  # type: ignore[arg-type]
+
+
 def test_a_page_about_samples_has_the_llc_and_the_figures(tmp_path: Path) -> None:
     tree = small_tree()
     page = samples_page(tree, tmp_path / "new" / "a.html", "runs/s.zarr").read_text()

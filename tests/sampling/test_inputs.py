@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -350,6 +351,8 @@ def test_sequences_longer_than_the_model_s_positions(kind: str, refused: Refused
         (token_rows(8, 9, 1), TypeError, ["must be a dict", "Dataset"]),
         ({3: token_rows(8, 9, 1)}, TypeError, ["non-empty string", "3"]),
         ({"": token_rows(8, 9, 1)}, TypeError, ["non-empty string", "''"]),
+        ({"p" * 300: token_rows(8, 9, 1)}, ValueError, ["'pppp", "300 bytes", "at most 245"]),
+        ({"é" * 123: token_rows(8, 9, 1)}, ValueError, ["'éééé", "246 bytes", "rename it"]),
         ({"p": token_rows(7, 9, 1)}, ValueError, ["'p'", "7 rows", "4 * 2 = 8"]),
         ({"p": (token_rows(8, 9, 1), 3)}, ValueError, ["'p'", "8 rows", "4 * 3 = 12"]),
         ({"p": token_rows(8, 8, 1)}, ValueError, ["'p'", "8 tokens", "9"]),
@@ -439,13 +442,35 @@ def test_what_is_at_output_path_stays_as_it_is(kind: str, tmp_path: Path) -> Non
     assert contents(tmp_path) == before
 
 
-def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(OSError, match="file"):
+@pytest.mark.parametrize("option", ["output_path", "profile"])
+def test_a_directory_that_cannot_be_made_is_an_error_before_any_work(
+    option: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    never = Mock()
+    with pytest.raises(NotADirectoryError, match=r"s\.zarr cannot be made, as .*file is no dir"):
         sample(
-            RawModel(), token_rows(48, 9, 1), {}, **GOOD, output_path=tmp_path / "file" / "s.zarr"
+            RawModel(),
+            token_rows(48, 9, 1),
+            {},
+            **GOOD,
+            loss_fn=never,
+            **{option: tmp_path / "file" / "s.zarr"},
         )
-    assert contents(tmp_path) == {"file": b"not a directory"}
+    never.assert_not_called()
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+def test_the_longest_name_of_an_observable_is_written(tmp_path: Path) -> None:
+    name = "p" * 245
+    sample(
+        RawModel(),
+        token_rows(48, 9, 1),
+        {name: token_rows(8, 9, 2)},
+        **GOOD,
+        output_path=tmp_path / "s.zarr",
+    )
+    assert (tmp_path / "s.zarr" / f"input_ids_{name}").is_dir()
 
 
 def test_an_empty_directory_is_taken(tmp_path: Path) -> None:

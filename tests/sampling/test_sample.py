@@ -487,8 +487,11 @@ def test_time_is_recorded_per_phase(tmp_path: Path) -> None:
     assert float(tree.n_beta) == 10.0
 
 
-def test_a_profile_of_the_first_steps_is_written(tmp_path: Path) -> None:
-    run(tmp_path, profile=tmp_path / "new" / "trace.json", profile_steps=(1, 3))
+def test_a_profile_of_the_first_steps_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run(tmp_path, profile="~/new/trace.json", profile_steps=(1, 3))
     trace = (tmp_path / "new" / "trace.json").read_text()
     for phase in ("forward", "backward", "update", "observe"):
         assert f'"{phase}"' in trace
