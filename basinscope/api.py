@@ -115,6 +115,7 @@ def bif(
         "queries": queries,
     }
     BifOptions(**options)  # wrong ones are refused before anything is sampled
+    _require_traces(observables, sample_kwargs)
     tree = sample(
         model,
         dataset,
@@ -206,6 +207,12 @@ def susceptibilities(
         )
     if client is not None and output_path is None:
         raise ValueError("with a client the workers write stores: give output_path")
+    reference = weight_restrictions["full"]
+    if isinstance(reference, str) and reference.strip().lower() != "full":
+        raise ValueError(
+            f"'full' is the run that moves every weight; got the restriction {reference!r} for it: "
+            f"give that another name, and 'full': 'full'"
+        )
     masks = {name: _masks_of(model, wanted) for name, wanted in weight_restrictions.items()}
     arguments = (model, dataset, observables)
     settings = {"lr": lr, "n_beta": n_beta, "loss_fn": loss_fn, "progress": False, **sample_kwargs}
@@ -280,6 +287,16 @@ def _sample_store(arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> No
     from basinscope.sampling.sample import sample
 
     sample(*arguments, **settings)
+
+
+def _require_traces(observables: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse to sample what no correlation can be computed of."""
+    if isinstance(observables, Mapping) and not observables:
+        raise ValueError("observables is empty: influence is between the tokens of observables")
+    if settings.get("num_chains") == 1 and settings.get("num_draws") == 1:
+        raise ValueError(
+            "num_chains=1 and num_draws=1 give one sample, and a correlation needs two: draw more"
+        )
 
 
 def _masks_of(model: nn.Module, wanted: Any) -> Mapping[str, Tensor | None] | None:

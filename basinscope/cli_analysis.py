@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -12,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
+from basinscope.report.numbers import GRAMMAR, parse_numbers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -58,8 +60,10 @@ def llc(
         import xarray as xr
 
         from basinscope.analysis.llc import compute_llc, plan_of_llc
-        from basinscope.report.tables import llc_figures, llc_table
+        from basinscope.report.tables import llc_figures
 
+        if output is not None or profile is not None:
+            _require_distinct(stores)
         options: dict[str, Any] = {"burn_in": burn_in, "allow_incomplete": allow_incomplete}
         if dry_run:
             _show_plans({str(s): plan_of_llc(s, **options) for s in stores}, as_json)
@@ -76,17 +80,12 @@ def llc(
             if not as_json:
                 if len(stores) > 1:
                     out.print(f"[bold]{escape(str(store))}[/]")
-                out.print(llc_table(estimate))
-                out.print(
-                    f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
-                    f"{float(estimate['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
-                    "± is the standard error; trust it once R-hat is below 1.01."
-                )
+                _show_llc(estimate)
         if output is not None:
             _write(
                 xr.DataTree(estimates[stores[0].stem])
                 if len(stores) == 1
-                else xr.DataTree.from_dict(_distinct(stores, estimates)),
+                else xr.DataTree.from_dict(estimates),
                 output,
                 {"llc": options, "stores": [str(store) for store in stores]},
             )
@@ -102,10 +101,8 @@ def bif(
     observable: Annotated[
         list[str] | None, typer.Option(help="Only this one; may be given again. Default: all.")
     ] = None,
-    rows_1: Annotated[
-        str | None, typer.Option(help="Sequences on the left, such as 0:32,40. Default: all.")
-    ] = None,
-    rows_2: Annotated[str | None, typer.Option(help="Sequences on the right.")] = None,
+    rows_1: Annotated[str, typer.Option(help=f"Sequences on the left: {GRAMMAR}.")] = "all",
+    rows_2: Annotated[str, typer.Option(help=f"Sequences on the right: {GRAMMAR}.")] = "all",
     average: Annotated[bool, typer.Option("--average", help="Average over both tokens.")] = False,
     covariance: Annotated[
         bool, typer.Option("--covariance", help="Covariance instead of correlation.")
@@ -139,8 +136,8 @@ def bif(
             "correlation_method": method,
             "reduce_chain_dimension_method": chains,
             "loss_keys": observable or "all",
-            "batch_index_range_1": _parse_rows("--rows-1", rows_1),
-            "batch_index_range_2": _parse_rows("--rows-2", rows_2),
+            "batch_index_range_1": parse_numbers("--rows-1", rows_1),
+            "batch_index_range_2": parse_numbers("--rows-2", rows_2),
             "average_tokenwise_bif": average,
             "compute_covariance": covariance,
             "top_k": top_k,
@@ -271,20 +268,6 @@ def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
     return dict(pairs)
 
 
-def _parse_rows(option: str, text: str | None) -> list[int] | str:
-    """Read "0:32,40" as numbers of sequences; None is all."""
-    if text is None:
-        return "all"
-    rows: list[int] = []
-    try:
-        for part in text.split(","):
-            first, colon, last = part.partition(":")
-            rows += range(int(first), int(last)) if colon else [int(first)]
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: give sequences such as 0:32,40") from None
-    return rows
-
-
 def _parse_query(text: str) -> tuple[int, int]:
     sequence, _, position = text.partition(":")
     try:
@@ -293,12 +276,35 @@ def _parse_query(text: str) -> tuple[int, int]:
         raise ValueError(f"--query {text!r}: give SEQUENCE:POSITION, such as 3:17") from None
 
 
-def _distinct(
-    stores: Sequence[Path], estimates: Mapping[str, xr.Dataset]
-) -> Mapping[str, xr.Dataset]:
-    if len(estimates) < len(stores):
-        raise ValueError("several stores have the same name: write their results one by one")
-    return estimates
+def _show_llc(estimate: xr.Dataset) -> None:
+    from basinscope.report.tables import (
+        FIRST_DRAW_CAVEAT,
+        against_first_draw,
+        llc_table,
+        observables_table,
+    )
+
+    out.print(llc_table(estimate))
+    out.print(
+        f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
+        f"{float(estimate['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
+        "± is the standard error; trust it once R-hat is below 1.01."
+    )
+    if observables := observables_table(estimate):
+        out.print()
+        out.print(observables)
+    if against_first_draw(estimate):
+        out.print(FIRST_DRAW_CAVEAT)
+
+
+def _require_distinct(stores: Sequence[Path]) -> None:
+    """Refuse stores whose results would have the same name."""
+    twice = [name for name, count in Counter(store.stem for store in stores).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"several stores have the same name, {', '.join(twice)}: with --out and --profile give "
+            "them one by one"
+        )
 
 
 @contextmanager

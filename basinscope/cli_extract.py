@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from basinscope.report.console import out, readable_errors, short_warnings
+from basinscope.report.numbers import GRAMMAR, parse_numbers
 
 
 def extract(
@@ -25,9 +26,12 @@ def extract(
             "Default: resid_out and last_layernorm.",
         ),
     ] = None,
-    layers: Annotated[str, typer.Option(help="all, or such as 0,3,5.")] = "all",
+    layers: Annotated[str, typer.Option("--layers", "--layer", help=f"Layers: {GRAMMAR}.")] = "all",
     positions: Annotated[
-        str, typer.Option(help="Tokens: all, last, or such as 0,5,-1 or 2:8.")
+        str,
+        typer.Option(
+            "--positions", "--position", help=f"Tokens: {GRAMMAR}; also last, -1, 2: and :8."
+        ),
     ] = "all",
     average: Annotated[bool, typer.Option("--average", help="Average over the tokens.")] = False,
     rows: Annotated[
@@ -55,7 +59,7 @@ def extract(
         _refuse_unknown(kinds)
         config = ExtractionConfig(
             **dict.fromkeys(kinds, True),
-            layers="all" if layers == "all" else _numbers(layers),
+            layers=parse_numbers("--layers", layers),
             target_token_positions=parse_positions(positions),
             average=average,
         )
@@ -84,10 +88,3 @@ def _refuse_unknown(kinds: list[str]) -> None:
 
     if unknown := [kind for kind in kinds if kind not in DIMS]:
         raise ValueError(f"--take {', '.join(unknown)}: choose of {', '.join(DIMS)}")
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--layers {text!r}: all, or numbers such as 0,3,5") from error

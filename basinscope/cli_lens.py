@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from basinscope.report.console import out, print_json, readable_errors, short_warnings
+from basinscope.report.numbers import GRAMMAR, parse_numbers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,9 +28,12 @@ Words = Callable[[int], str]
 
 def lens(
     store: Annotated[Path, typer.Argument(help="A store of activations (.zarr), or its run.")],
-    layer: Annotated[str, typer.Option(help="all, or such as 0,4:8.")] = "all",
+    layer: Annotated[str, typer.Option("--layer", "--layers", help=f"Layers: {GRAMMAR}.")] = "all",
     position: Annotated[
-        str, typer.Option(help="all, or such as 0:8, counted as they are stored.")
+        str,
+        typer.Option(
+            "--position", "--positions", help=f"Tokens, counted as they are stored: {GRAMMAR}."
+        ),
     ] = "all",
     example: Annotated[int, typer.Option(help="Which sequence, from 0.")] = 0,
     top: Annotated[int, typer.Option(help="Tokens of each layer and position.")] = 1,
@@ -121,31 +125,24 @@ def _chosen(
     examples, positions = dataset.sizes["example"], dataset.sizes["position"]
     if not 0 <= example < examples:
         raise ValueError(f"--example {example}: the store has sequences 0 to {examples - 1}")
-    places = _numbers("--position", position, range(positions))
+    places = _some_of(range(positions), "--position", position)
     return (
-        _numbers("--layer", layer, there),
+        _some_of(there, "--layer", layer),
         dataset.isel(example=[example], position=places).assign_coords(example=[example]),
     )
 
 
-def _numbers(option: str, text: str, there: Sequence[int]) -> list[int]:
-    """Read "all" or "0,4:8" as some of the numbers that there are."""
-    if text == "all":
+def _some_of(there: Sequence[int], option: str, text: str) -> list[int]:
+    """The numbers that an option asks for, of those that there are."""
+    asked = parse_numbers(option, text)
+    if isinstance(asked, str):
         return list(there)
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, colon, last = part.partition(":")
-            found += range(int(first), int(last)) if colon else [int(first)]
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: give all, or numbers such as 0,4:8") from None
-    absent = [number for number in found if number not in there]
-    if absent or not found:
+    absent = [number for number in asked if number not in there]
+    if absent:
         raise ValueError(
-            f"{option} {text!r}: the store has {min(there)} to {max(there)}"
-            + (f", not {absent[0]}" if absent else "")
+            f"{option} {text!r}: the store has {min(there)} to {max(there)}, not {absent[0]}"
         )
-    return sorted(set(found))
+    return sorted(asked)
 
 
 def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:

@@ -20,7 +20,8 @@ from basinscope.models.interventions import Intervention
 from basinscope.models.structure import UnknownStructureError
 from basinscope.models.unembedding import find_unembedding
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
-from basinscope.sampling.job import check_vocabulary, describe_model
+from basinscope.sampling.identity import describe_model
+from basinscope.sampling.job import check_vocabulary
 from basinscope.sampling.layers import quick_linears
 from basinscope.sampling.progress import show_count
 

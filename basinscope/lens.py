@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from basinscope.analysis import logit_lens
-from basinscope.analysis.lens_inputs import model_name
+from basinscope.analysis.lens_inputs import described_model, model_name
 from basinscope.io.activation_store import open_activations
 
 if TYPE_CHECKING:
@@ -68,7 +68,11 @@ class LogitLens(logit_lens.LogitLens):
                 "LogitLens.from_model(model), or store activations with their unembedding"
             )
         unembedding = tree.children["unembedding"].to_dataset(inherit=False)
-        return cls(unembedding, model_name=model_name(tree.to_dataset()))
+        activations = tree.to_dataset()
+        lens = cls(unembedding, model_name=model_name(activations))
+        if lens.num_layers is None:
+            lens.num_layers = described_model(activations).get("num_layers")
+        return lens
 
     @classmethod
     def from_tuned_lens(cls, path: str | os.PathLike[str], model: nn.Module) -> LogitLens:
@@ -86,7 +90,6 @@ class LogitLens(logit_lens.LogitLens):
         FileNotFoundError, ValueError
             If files are missing, or the tuned lens is for another model; says which field differs.
         """
-        from basinscope.models.structure import layer_modules
         from basinscope.models.tuned_lens import load_tuned_lens
 
         lens = cls.from_model(model)
@@ -94,7 +97,7 @@ class LogitLens(logit_lens.LogitLens):
             path,
             model_name=lens.model_name,
             d_model=lens.d_model,
-            num_layers=len(layer_modules(model)),
+            num_layers=lens.num_layers,
         )
         lens.translators = translators
         return lens

@@ -132,12 +132,18 @@ def test_restrictions_are_sampled_on_a_cluster(
     assert stores == ["s_full.zarr", "s_l0.zarr", "s_l1h0.zarr"]
 
 
+ONE_SAMPLE = {"num_chains": 1, "num_draws": 1}
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda *a: wanted(a, {"full": None, "l0": None}, client=object()), "give output_path"),
         (lambda *a: basinscope.bif(*a, **SETTINGS, correlation_method="pairs"), "correlation_meth"),
         (lambda *a: basinscope.bif(*a, **SETTINGS, bif_batch_size=0), "batch_size=0"),
+        (lambda *a: basinscope.bif(*a[:2], {}, **SETTINGS), "observables is empty"),
+        (lambda *a: basinscope.bif(*a, **{**SETTINGS, **ONE_SAMPLE}), "a correlation needs two"),
+        (lambda *a: wanted(a, {"full": "l0", "l1": "l1"}), "got the restriction 'l0' for it"),
         (lambda *a: wanted(a, {"l0": None}), "lacks 'full'"),
         (lambda *a: wanted(a, {"full": None}), "'full' only"),
         (lambda *a: wanted(a, {"full": None, "a/b": None}, output_path="s.zarr"), "'a/b' cannot"),

@@ -19,6 +19,7 @@ from basinscope.io.activations import ActivationSaver
 from basinscope.io.store import SampleStore
 from basinscope.report.console import readable_errors, short_warnings
 from basinscope.sampling.run_file import parse_chains
+from tests.analysis.stores_random import random_tree, write_tree
 from tests.conftest import token_rows
 from tests.io.attributions_random import random_store
 from tests.models_small import tiny_model
@@ -244,6 +245,32 @@ def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
     assert [row["store"] for row in both] == [str(store)] * 2
 
 
+def test_stores_of_one_name_are_refused_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores = [folder / name / "s.zarr" for name in ("a", "b")]
+    for store in stores:
+        write_tree(random_tree(1), store)
+    assert invoke("llc", *stores).exit_code == 0
+    monkeypatch.setattr("basinscope.analysis.llc.compute_llc", pytest.fail)
+    for option in ("--out", "--profile"):
+        refused = invoke("llc", *stores, option, folder / "result")
+        assert refused.exit_code == 2
+        assert "several stores have the same name, s: with --out and" in flat(refused)
+        assert not (folder / "result").exists()
+
+
+@pytest.mark.parametrize("reference", ["checkpoint", "first draw"])
+def test_an_llc_says_what_it_is_taken_against(folder: Path, reference: str) -> None:
+    store, known = folder / "s.zarr", reference == "checkpoint"
+    write_tree(random_tree(1, observables={"pile": 3}, init_losses=known), store)
+    figures = json.loads(invoke("llc", store, "--json").stdout)
+    assert figures["llc_observables_reference"] == {"pile": reference}
+    shown = flat(invoke("llc", store))
+    assert f"{figures['llc_observables']['pile']:.2f} │ {reference}" in shown
+    assert ("what the loss rose before that draw is left out" in shown) == (not known)
+
+
 def test_susceptibilities_from_the_shell(folder: Path) -> None:
     for name in ("full", "l0"):
         plan = write_plan(folder, output=str(folder / f"s_{name}.zarr"))
@@ -320,6 +347,10 @@ def write_plan(folder: Path, **changes: object) -> Path:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(plan))
     return path
+
+
+def flat(result: Result) -> str:
+    return result.output.replace("\n", " ")
 
 
 def invoke(*arguments: object) -> Result:

@@ -99,6 +99,20 @@ def test_a_report_is_written_once(tmp_path: Path) -> None:
     assert page.read_text() == before
 
 
+def test_a_harvest_from_one_layer_can_be_reported(tmp_path: Path) -> None:
+    tiny_model("gpt_neox").save_pretrained(tmp_path / "model")
+    token_rows(4, 6, seed=1).save_to_disk(tmp_path / "data")
+    store = tmp_path / "pile.zarr"
+    options = ["--batch-size", 4, "--output-token", 3, "--source", "0.mlp.down"]
+    done = invoke(tmp_path / "model", tmp_path / "data", "-o", store, *options)
+    assert done.exit_code == 0, done.output
+    for component in ("1.mlp.up:7", "0.mlp.down:3", "output:3"):
+        page = tmp_path / f"{component}.html"
+        done = invoke("report", store, "-o", page, "--component", component)
+        assert done.exit_code == 0, done.output
+        assert component in page.read_text()
+
+
 def test_what_is_wrong_is_one_clear_error(tmp_path: Path) -> None:
     path = random_store(tmp_path / "s.zarr", world_size=2)
     for arguments, said in (

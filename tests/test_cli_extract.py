@@ -50,11 +50,21 @@ def test_the_usual_store_is_ready_for_a_lens(folder: Path) -> None:
     assert "weight" in tree["unembedding"]
 
 
+@pytest.mark.parametrize("options", [("--layers", "0:2"), ("--layer", "1,0:1")])
+def test_layers_are_given_as_ranges_too(folder: Path, options: tuple[str, str]) -> None:
+    done = invoke(folder, *options, "--position", "1:3,-1")
+    assert done.exit_code == 0, done.output
+    tree = open_activations(folder / "a.zarr")
+    assert {"resid_out_0", "resid_out_1"} <= set(tree.data_vars)
+    assert tree["position"].values.tolist() == [1, 2, 8]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--take", "resid"], "--take resid: choose of embed, resid_in"),
-        (["--layers", "one"], "--layers 'one': all, or numbers"),
+        (["--layers", "one"], "--layers 'one': give all, or numbers such as 0,4:8"),
+        (["--layers", "1:1"], "--layers '1:1': give all, or numbers such as 0,4:8"),
         (["--layers", "7"], "the model has layers 0 to 1"),
         (["--positions", "first"], "positions 'first'"),
         (["--positions", "9"], "position 9 is out of range"),

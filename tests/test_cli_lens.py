@@ -121,6 +121,14 @@ def test_a_model_without_a_tokenizer_is_said_so_and_ids_are_shown(
     assert "no tokenizer was found in" in " ".join(asked.output.split())
 
 
+def test_options_have_the_names_that_extract_has(folder: Path) -> None:
+    given = ["--example", 1, "--json"]
+    one = invoke(folder / "full.zarr", "--layer", "0:2", "--position", "2:4,0", *given)
+    other = invoke(folder / "full.zarr", "--layers", "1,0", "--positions", "0,2,3", *given)
+    assert one.exit_code == other.exit_code == 0, one.output + other.output
+    assert json.loads(one.stdout) == json.loads(other.stdout)
+
+
 def test_measures_and_the_picture(folder: Path, tmp_path: Path) -> None:
     png = tmp_path / "pictures" / "lens.png"
     shown = invoke(folder / "full.zarr", "--measures", "--png", png, "--stream", "resid_in")
@@ -168,7 +176,8 @@ def test_a_store_without_its_unembedding_takes_the_model(folder: Path) -> None:
     [
         (["--layer", "7"], "--layer '7': the store has 0 to 1, not 7"),
         (["--layer", "one"], "--layer 'one': give all, or numbers such as 0,4:8"),
-        (["--layer", "1:1"], "--layer '1:1': the store has 0 to 1"),
+        (["--layer", "1:1"], "--layer '1:1': give all, or numbers such as 0,4:8"),
+        (["--layers", "0:3"], "--layer '0:3': the store has 0 to 1, not 2"),
         (["--position", "3:20"], "--position '3:20': the store has 0 to 8, not 9"),
         (["--example", "3"], "--example 3: the store has sequences 0 to 2"),
         (["--stream", "attn"], "--stream 'attn': give resid_in, resid_mid or resid_out"),

@@ -11,10 +11,14 @@ import torch
 from datasets import Dataset
 
 from basinscope.extraction import extract_dataset
+from basinscope.io.activation_metadata import plain
 from basinscope.io.activation_store import ActivationWriter, open_activations
+from basinscope.io.activations import ActivationLoader, ActivationSaver
 from basinscope.io.store import StoreMismatchError
+from basinscope.lens import LogitLens
 from basinscope.models.extraction import ExtractionConfig, extract
 from basinscope.models.interventions import Intervention
+from basinscope.models.positions import described
 from tests.models.models_tiny import VOCABULARY, tiny
 
 ROWS, LENGTH = 21, 6
@@ -145,6 +149,27 @@ def test_other_settings_or_data_are_refused(tmp_path: Path) -> None:
         extract_dataset(model, Dataset.from_dict({"text": ["a"]}), CONFIG, output=path)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_embedding_of_another_width_is_stored_and_saved(tmp_path: Path, first: bool) -> None:
+    model = tiny("opt", word_embed_proj_dim=8, do_layer_norm_before=first)
+    config = ExtractionConfig(embed=True, resid_out=True, last_layernorm=True)
+    tree = extract_dataset(model, dataset(), config, output=tmp_path / "a.zarr")
+    cache = extract(model, torch.from_numpy(ids()), config)
+    ActivationSaver(tmp_path).save_cache(cache)
+    ActivationSaver(tmp_path).save(dict(cache), model, "all", [], config)
+    found = ActivationLoader(tmp_path).query(model_name=model)
+    for stored in (tree, found.load(0)[0], found.load(1)[0]):
+        assert stored["embed"].dims == ("example", "position", "d_embed")
+        assert stored["resid_out_0"].dims == ("example", "position", "d_model")
+        np.testing.assert_allclose(stored["embed"], cache["embed"], rtol=1e-5, atol=1e-5)
+    lens = LogitLens.from_model(model)
+    of_cache = lens.compute(cache, "resid_out_1")["logit_lens_resid_out_1"]
+    of_store = lens.compute(tree, "resid_out_1")["logit_lens_resid_out_1"]
+    np.testing.assert_allclose(of_cache, of_store, rtol=1e-4, atol=1e-4)
+    with pytest.raises(KeyError, match=r"embed has axes .*d_embed.*: the lens takes arrays"):
+        lens.compute(cache, "embed")
+
+
 @pytest.mark.filterwarnings("error")
 def test_rows_that_cannot_be_written_to_raise_no_warning(tmp_path: Path) -> None:
     dataset().to_json(tmp_path / "rows.json")
@@ -166,3 +191,32 @@ def test_a_model_without_a_known_unembedding_is_stored_without(tmp_path: Path) -
         tiny("gpt2"), dataset(), CONFIG, output=tmp_path / "b.zarr", save_unembedding=False
     )
     assert "unembedding" not in plain.children
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        slice(0, 2),
+        slice(None, np.int64(-1), 2),
+        [slice(1, 3), "last", np.int64(0)],
+        np.array([1, 2]),
+        "all",
+        (0, 1),
+    ],
+)
+def test_positions_are_described_alike_by_who_extracts_and_by_who_saves(positions: Any) -> None:
+    assert plain(positions, "target_token_positions") == described(positions)
+
+
+@pytest.mark.parametrize("positions", [slice(0, 2), [slice(0, 1), "last"]])
+def test_a_run_is_found_by_the_slices_that_it_was_taken_at(tmp_path: Path, positions: Any) -> None:
+    config = ExtractionConfig(resid_out=True, target_token_positions=positions)
+    zero = [Intervention("zero", "resid_in_0", positions)]
+    cache = extract(tiny("gpt2"), torch.from_numpy(ids()), config, zero)
+    saver = ActivationSaver(tmp_path)
+    saver.save_cache(cache)
+    saver.save(dict(cache), tiny("gpt2"), positions, zero, config)
+    loader = ActivationLoader.from_saver(saver)
+    assert len(loader.query(target_token_positions=positions)) == 2
+    assert len(loader.query(extraction_config=config, interventions=zero)) == 2
+    assert len(loader.query(target_token_positions=slice(0, 3))) == 0

@@ -43,9 +43,12 @@ def open_activations(activations: Any) -> xr.Dataset:
         found: xr.Dataset = activations.to_dataset()
         return found
     if isinstance(activations, Mapping):
-        return xr.Dataset(
-            {name: _array(name, a) for name, a in activations.items() if _known(name)}
-        )
+        arrays = {name: _array(name, a) for name, a in activations.items() if _known(name)}
+        widths = {values.shape[-1] for dims, values in arrays.values() if dims[-1] == "d_model"}
+        if len(widths) > 1 and "embed" in arrays:  # of a model that maps it to the stream's width
+            dims, values = arrays["embed"]
+            arrays["embed"] = (*dims[:-1], "d_embed"), values
+        return xr.Dataset(arrays)
     raise TypeError(
         f"activations are a {type(activations).__name__}: give an ActivationCache, an xarray "
         "Dataset or DataTree, the path of a store, or a dict of arrays"

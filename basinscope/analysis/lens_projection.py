@@ -39,6 +39,8 @@ class UnembeddingLike(Protocol):
     def softcap(self) -> float | None: ...
     @property
     def scale(self) -> float: ...
+    @property
+    def num_layers(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Projection:
         self.norm_bias = _vector(unembedding.norm_bias)
         self.eps, self.scale = float(unembedding.eps), float(unembedding.scale)
         self.softcap = unembedding.softcap
+        self.num_layers = unembedding.num_layers
         self.translators = dict(translators or {})
         for layer, (matrix, offset) in self.translators.items():
             if matrix.shape != (self.d_model, self.d_model) or offset.shape != (self.d_model,):
@@ -191,8 +194,13 @@ class Projection:
         return found.swapaxes(0, 1).reshape(*outer, len(MEASURES), len(layers))
 
     def _features(self, x: Array, square: Array | None, how: How) -> Array:
-        """What the unembedding multiplies, float32, as wide as `x`; a copy."""
+        """What the unembedding multiplies, float32, as wide as `x`; a copy.
+
+        NaN all along what is not finite at one place, or has such a statistic.
+        """
         x = np.array(x, np.float32)
+        good = np.isfinite(x).all(-1)
+        x[~(good if square is None else good & np.isfinite(square))] = np.nan
         if how.layer is not None:
             matrix, offset = self.translators[how.layer]
             x += x @ matrix.T + offset
@@ -261,6 +269,7 @@ class _Stored:
         )
         self.norm, self.eps = str(group.attrs["norm"]), float(group.attrs["eps"])
         self.softcap, self.scale = group.attrs.get("softcap"), float(group.attrs.get("scale", 1))
+        self.num_layers: int | None = group.attrs.get("num_layers")
 
 
 def _vector(values: Any) -> Array | None:

@@ -70,9 +70,10 @@ def compute_llc(
         - ``llc_mcse``, ``rhat``, ``ess_bulk``: standard error of ``llc_mean``, split R-hat and
           effective sample size; see :func:`basinscope.analysis.diagnostics.error_of_rise` and
           :func:`basinscope.analysis.diagnostics.diagnose_trace`
-        - ``llc_{obs}``: nβ (mean loss on an observable - its mean at the checkpoint, or at the
-          first draw where the store does not have the former). Named ``llc_{obs}_observable``
-          where ``llc_{obs}`` is one of the above
+        - ``llc_{obs}``: nβ (mean loss on an observable - its mean at the checkpoint). Where a store
+          has no ``init_loss_{obs}`` (devinterp writes none), the mean at the first draw stands in,
+          which has risen already: attribute ``reference`` says "checkpoint" or "first draw". Named
+          ``llc_{obs}_observable`` where ``llc_{obs}`` is one of the above
         - ``n_beta``
 
     Raises
@@ -118,10 +119,15 @@ def compute_llc(
     )
     for obs_id in chosen:
         taken = f"llc_{obs_id}" in variables
+        known = f"init_loss_{obs_id}" in opened.dataset
+        attrs = {
+            "long_name": f"local learning coefficient on {obs_id}"
+            + ("" if known else ", counted from its first draw"),
+            "units": "1",
+            "reference": "checkpoint" if known else "first draw",
+        }
         variables[f"llc_{obs_id}_observable" if taken else f"llc_{obs_id}"] = xr.Variable(
-            (),
-            _of_observable(opened, obs_id),
-            {"long_name": f"local learning coefficient on {obs_id}", "units": "1"},
+            (), _of_observable(opened, obs_id), attrs
         )
     coords = {dims.CHAIN: list(opened.chains), row: np.arange(skipped, skipped + longest)}
     return xr.Dataset(variables, coords, opened.provenance)

@@ -114,7 +114,7 @@ class LogitLens(Projection):
             Probabilities instead of logits.
         metric : {"logit_diff", "accuracy"}
             With `token_directions`: logit(a), or logit(a) - logit(b); or the share of examples with
-            logit(a) > logit(b).
+            logit(a) > logit(b), NaN at positions where an example's logits are not finite.
         statistics : {"auto", "own", "final"}
             "own": everything is normalised by itself. "final": everything is a share, with the
             statistics of the final stream, ``resid_*`` too. "auto": shares are heads' and
@@ -238,9 +238,11 @@ class LogitLens(Projection):
         -------
         xr.Dataset
             Each (layer, example, position), float64: ``entropy``; ``kl_to_final``, sum p_final
-            (log p_final - log p) (where ``resid_out_{last}`` is there); ``cross_entropy`` of the
-            token that follows and ``rank``, the number of tokens before it, NaN where nothing
-            follows (both only where ids or targets are known). In nats, but for the rank.
+            (log p_final - log p) (where ``resid_out_{last}`` is there, and the lens or the
+            activations know how many layers the model has); ``cross_entropy`` of the token that
+            follows and ``rank``, the number of tokens before it, NaN where nothing follows (both
+            only where ids or targets are known). In nats, but for the rank. NaN where activations
+            are not finite.
 
         Warns
         -----
@@ -254,7 +256,7 @@ class LogitLens(Projection):
             raise ValueError(f"{shares[0]} is no residual stream, and predicts nothing by itself")
         following = self._targets(dataset, input_ids, targets)
         keys = [reading.key for reading in readings]
-        last = _last_stream(dataset)
+        last = self._last_stream(dataset)
         if last is not None and last not in keys:
             readings += self._readings(dataset, last, True, "own")
         final = None if last is None else [reading.key for reading in readings].index(last)
@@ -334,6 +336,23 @@ class LogitLens(Projection):
         whole = own and stream
         return _Reading(key, array, square, How(whole, apply_norm, self._translator_of(key, whole)))
 
+    def _last_stream(self, dataset: xr.Dataset) -> str | None:
+        """Name the stream behind the last layer; None, with a warning, if it is not there."""
+        count = self.num_layers
+        if count is None:
+            count = described_model(dataset).get("num_layers")
+        last = None if count is None else f"resid_out_{count - 1}"
+        if last in dataset:
+            return last
+        missing = (
+            f"it needs {last}; extract it too"
+            if last
+            else "it needs the last layer's resid_out, and neither the lens nor the activations "
+            "say how many layers the model has; take the lens from the model"
+        )
+        warnings.warn(f"kl_to_final is left out: {missing}", stacklevel=3)
+        return None
+
     def _translator_of(self, key: str, whole: bool) -> int | None:
         """Number of the translator for a key; None if it needs none."""
         if not self.translators:
@@ -380,9 +399,9 @@ class LogitLens(Projection):
         )
         if metric == "logit_diff":
             return _described(found, reading, "logit differences")
-        return _described(
-            (found > 0).mean("example").astype(np.float32), reading, "share of examples"
-        )
+        right = (found > 0).astype(np.float64).where(np.isfinite(found))
+        share = right.mean("example", skipna=False).astype(np.float32)
+        return _described(share, reading, "share of examples")
 
     def _directions(self, given: Any, examples: int, metric: str) -> Array:
         """Give (example, 2) token ids; the second is -1 where one token was given."""
@@ -476,18 +495,3 @@ def _stacked(parts: Sequence[xr.Dataset], keys: Sequence[str]) -> xr.Dataset:
     else:
         along = xr.Variable("component", np.array(keys, dtype=object))
     return xr.concat(parts, dim=along.dims[0]).assign_coords({along.dims[0]: along})
-
-
-def _last_stream(dataset: xr.Dataset) -> str | None:
-    """Name the stream behind the last layer; None, with a warning, if it is not there."""
-    there = [n for n in map(str, dataset.data_vars) if n.startswith("resid_out_")]
-    count = described_model(dataset).get("num_layers")
-    last = max(there, key=numbers_in, default=None) if count is None else f"resid_out_{count - 1}"
-    if last in there:
-        return last
-    warnings.warn(
-        f"kl_to_final is left out: it needs {last or 'the resid_out of the last layer'}; extract "
-        "it too",
-        stacklevel=3,
-    )
-    return None

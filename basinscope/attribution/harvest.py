@@ -26,8 +26,9 @@ from basinscope.models.forward import evaluating, max_sequence_length, to_device
 from basinscope.models.head import NoLinearHeadError, output_embeddings
 from basinscope.models.positions import plain
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
+from basinscope.sampling.identity import describe_model
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
-from basinscope.sampling.job import check_vocabulary, choose_device, describe_model
+from basinscope.sampling.job import check_vocabulary, choose_device
 from basinscope.sampling.progress import show_count
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ def plain(value: Any, name: str) -> Any:
     Raises
     ------
     TypeError
-        If it is not JSON, a dataclass, or an object with ``to_dict()``.
+        If it is not JSON, a slice, a dataclass, or an object with ``to_dict()``.
     """
     try:
         return json.loads(json.dumps(value, default=_plainer))
@@ -40,6 +40,8 @@ def _plainer(value: Any) -> Any:
         if math.prod(value.shape) > MOST_VALUES:
             raise TypeError(f"an array of {value.shape} belongs to the activations")
         return value.tolist()
+    if isinstance(value, slice):  # as an extraction describes its positions
+        return [value.start, value.stop, value.step]
     if isinstance(value, set | frozenset):
         return sorted(value)
     if isinstance(value, os.PathLike):
@@ -49,14 +51,20 @@ def _plainer(value: Any) -> Any:
 
 def name_of_model(model: Any) -> str:
     """Name a model: as it was loaded, or else by its class."""
-    if isinstance(model, str):
-        return model
-    config = getattr(model, "config", None)
-    for owner in (model, config):
-        found = getattr(owner, "name_or_path", None)
+    return model if isinstance(model, str) else _loaded_as(model) or type(model).__name__
+
+
+def _loaded_as(model: Any) -> str | None:
+    config, hooked = getattr(model, "config", None), getattr(model, "cfg", None)
+    for owner, attribute in (
+        (model, "name_or_path"),
+        (config, "name_or_path"),
+        (hooked, "model_name"),
+    ):
+        found = getattr(owner, attribute, None)
         if isinstance(found, str) and found:
             return found
-    return type(model).__name__
+    return None
 
 
 def field_filter(name: str, wanted: Any) -> Filter:
@@ -68,10 +76,12 @@ def field_filter(name: str, wanted: Any) -> Filter:
 
 
 def model_filter(wanted: Any) -> Filter:
-    """Compare the model's name, or that of its directory."""
-    if callable(wanted):
+    """Compare the model's name, or that of its directory; a model, which one can call, is named."""
+    is_model = _loaded_as(wanted) is not None or hasattr(wanted, "named_parameters")
+    if callable(wanted) and not is_model:
         return lambda run: bool(wanted(run.metadata.get("model_name", run.model_dir.name)))
-    return lambda run: wanted in (run.metadata.get("model_name"), run.model_dir.name)
+    name = name_of_model(wanted)
+    return lambda run: name in (run.metadata.get("model_name"), run.model_dir.name)
 
 
 def time_filter(wanted: Any) -> Filter:

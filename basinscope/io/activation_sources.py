@@ -20,6 +20,7 @@ from basinscope.io.activation_layout import (
 )
 
 _STREAM = ("example", "position", "d_model")
+_EMBED = ("example", "position", "d_embed")
 _OF_HEAD = ("example", "position", "d_head")
 DIMS = {
     r"resid_(in|mid|out)_\d+|(attn_in|attn_out|mlp_out)_\d+|embed|head_out_L\d+H\d+": _STREAM,
@@ -33,7 +34,10 @@ DIMS = {
     r"logits": ("example", "position", "vocab"),
     r"input_ids": ("example", "token"),
 }
-"""Dims of the arrays that an extraction gives, by the pattern of their names."""
+"""Dims of the arrays that an extraction gives, by the pattern of their names.
+
+``embed`` has a ``d_embed`` where it is not as wide as the stream.
+"""
 
 
 def sources_of(
@@ -79,7 +83,8 @@ def sources_of(
 def _sources(activations: Mapping[str, Any], sizes: dict[Any, int]) -> dict[str, ActivationSource]:
     known: Mapping[str, tuple[str, ...]] = getattr(activations, "dims", {})
     sources = {}
-    for name, values in activations.items():
+    for name in sorted(activations, key=lambda name: name == "embed"):  # last: others name d_model
+        values = activations[name]
         if isinstance(values, xr.DataArray):
             sources[name] = _of_xarray(name, values)
             continue
@@ -87,7 +92,7 @@ def _sources(activations: Mapping[str, Any], sizes: dict[Any, int]) -> dict[str,
         array = values if is_tensor else _as_numpy(name, values)
         dims = known.get(name) or _dims_of(name, tuple(array.shape), sizes)
         sources[name] = (_of_tensor if is_tensor else _of_numpy)(name, array, dims)
-    return sources
+    return {name: sources[name] for name in activations}
 
 
 def _as_numpy(name: str, values: Any) -> np.ndarray:
@@ -99,7 +104,7 @@ def _as_numpy(name: str, values: Any) -> np.ndarray:
 
 def _dims_of(name: str, shape: tuple[int, ...], sizes: dict[Any, int]) -> tuple[str, ...]:
     """Name dims by the array's name, unless another array has them with other sizes."""
-    for pattern, dims in DIMS.items():
+    for pattern, dims in (*DIMS.items(), ("embed", _EMBED)):
         if re.fullmatch(pattern, name) and len(dims) == len(shape):
             found = dict(zip(dims, shape, strict=True))
             if all(sizes.get(dim, size) == size for dim, size in found.items()):

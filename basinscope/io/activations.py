@@ -112,10 +112,10 @@ class ActivationSaver:
             Arrays of NumPy or xarray, or tensors, which may be on a GPU and bfloat16. They are
             converted a chunk at a time.
         model : str or object
-            Its name, or an object with ``name_or_path``, itself or in its ``config``; otherwise
-            its class names it.
+            Its name, or an object with ``name_or_path``, itself or in its ``config``, or with
+            ``cfg.model_name``; otherwise its class names it.
         target_token_positions, interventions, extraction_config
-            JSON, dataclasses, or objects with ``to_dict()``.
+            JSON, slices, dataclasses, or objects with ``to_dict()``.
         other_metadata : mapping
             More fields, beside these.
         tag : str, optional
@@ -280,7 +280,7 @@ class ActivationLoader:
         experiment_name
             None: this loader's experiment. ``"*"``: all experiments.
         model_name
-            With "/" or, as the directory has it, "_".
+            With "/" or, as the directory has it, "_"; or a model, as ``save`` takes it.
         save_time
             Also a pair (from, until), ends included; either may be None. Times are strings in ISO
             format, names of runs' directories, or datetimes; those without a zone are UTC.

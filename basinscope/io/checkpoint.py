@@ -15,6 +15,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from basinscope.io.durable import settle_tree
+from basinscope.io.stored import DamagedStoreError
 
 SLOTS = ("checkpoint_a", "checkpoint_b")
 CHUNK = 64 * 2**20  # bytes in one file
@@ -55,9 +56,22 @@ def write_checkpoint(
 
 
 def read_checkpoint(store: Path, chain: int, slot: str) -> dict[str, np.ndarray]:
-    """Read a slot; a damaged one is an error of its checksum."""
-    group = zarr.open_group(_directory(store, chain, slot), mode="r")
-    return {name: np.asarray(array[:]) for name, array in group.arrays()}
+    """Read a slot.
+
+    Raises
+    ------
+    DamagedStoreError
+        If it is not there, or fails its checksum.
+    """
+    directory = _directory(store, chain, slot)
+    try:
+        group = zarr.open_group(directory, mode="r")
+        return {name: np.asarray(array[:]) for name, array in group.arrays()}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DamagedStoreError(
+            f"chain {chain} cannot go on from {directory}, which is damaged ({error}): restore the "
+            "store from a copy, or sample the chain into a new store (chains=, another output_path)"
+        ) from error
 
 
 def remove_checkpoints(store: Path, chain: int) -> None:

@@ -144,6 +144,13 @@ def sampling_arrays(
             (num_chains, num_draws, sequences, tokens),
             f"loss on {obs_id} after the draw's update",
         )
+        arrays[f"init_loss_{obs_id}"] = ArraySpec(
+            (batch, dims.TOKEN_POS),
+            (sequences, tokens),
+            "float32",
+            (sequences, tokens),
+            attrs={"long_name": f"loss on {obs_id} at the checkpoint", "units": "nats"},
+        )
         arrays[f"input_ids_{obs_id}"] = _integers(
             (batch, dims.TOKEN), (sequences, sequence_length), ids, f"token ids of {obs_id}"
         )

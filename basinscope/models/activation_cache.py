@@ -1,7 +1,8 @@
 """Activations of a batch, by name.
 
     resid_in_{i}, resid_mid_{i}, resid_out_{i}, attn_in_{i}, attn_out_{i}, mlp_out_{i}, embed
-                                            (example, position, d_model)
+                                            (example, position, d_model), embed with
+                                            d_embed where it is not as wide as the stream
     head_out_{i}                            (example, position, head, d_model)
     queries_{i}                             (example, position, head, d_head)
     keys_{i}, values_{i}                    (example, position, kv_head, d_head)

@@ -90,8 +90,16 @@ def find_entry(model: nn.Module, input_ids: Tensor) -> Entry | None:
         return None
     given = inputs[first].detach()
     entry = Entry(tuple(names), first, tuple(tuples[:first]), given[0, 0].nbytes)
-    with torch.no_grad(), entered(model, entry, given):
-        again = token_logits(model, input_ids)
+    try:
+        with torch.no_grad():
+            token_logits(model, input_ids.flip(-1))  # whatever layers keep is of other tokens now
+            with entered(model, entry, given):
+                again = token_logits(model, input_ids)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise NoEntryError(
+            f"it fails when layers before layer {first} are left out ({reason})"
+        ) from error
     if not torch.allclose(again, plain, rtol=1e-4, atol=1e-5 * float(plain.detach().abs().max())):
         raise NoEntryError(f"its logits change when layers before layer {first} are left out")
     return entry

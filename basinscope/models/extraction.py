@@ -69,13 +69,15 @@ class ExtractionConfig:
     attn_in, attn_out, mlp_out : bool
         What attention reads, and what attention and MLP add to the stream.
     head_out : bool
-        Each head's share of ``attn_out``; what is left over is the output projection's bias.
+        Each head's share of ``attn_out``; what is left over is the output projection's bias, scaled
+        by the norm behind it if there is one.
     queries, keys, values : bool
         By head, as the projections give them, before any rotation.
     attn_pattern : bool
         Attention probabilities; the model runs its eager attention for it.
     embed : bool
-        What the token embedding gives.
+        What the token embedding gives; its last axis is ``d_embed`` where the model maps it to the
+        stream's width.
     last_layernorm : bool
         Mean, variance and second moment of what enters the final norm, in float32.
     logits, input_ids : bool
@@ -214,7 +216,7 @@ class Extractor:
             raise ValueError(f"{absent[0]} cannot be extracted: its module does not run")
         return ActivationCache(
             {name: taken.found[name] for name in order},
-            {name: DIMS[_kind(name)] for name in order},
+            {name: _dims(name, taken.found[name], self.sites.width) for name in order},
             {"position": np.asarray([-1] if self.config.average else positions)},
             self.metadata,
         )
@@ -353,7 +355,8 @@ def _factor(module: nn.Module, given: Tensor) -> Tensor:
     ones = torch.full_like(given[:1, :1], 1e4)  # its eps is nothing beside these
     weight = module.forward(ones).flatten()
     largest = (given * weight).abs().argmax(-1, keepdim=True)
-    shrink = made.gather(-1, largest) / (given * weight).gather(-1, largest)
+    weighted = (given * weight).gather(-1, largest)
+    shrink = torch.where(weighted == 0, 0.0, made.gather(-1, largest) / weighted)
     factor = shrink * weight
     exact = max(8 * torch.finfo(given.dtype).eps, 1e-4)  # norms compute in float32
     if not torch.allclose(given * factor, made, rtol=exact, atol=exact * float(made.abs().max())):
@@ -474,6 +477,12 @@ def _kind(name: str) -> str:
     if name.startswith(FINAL_NORM):
         return FINAL_NORM
     return name if name in OF_THE_MODEL else name.rpartition("_")[0]
+
+
+def _dims(name: str, array: Tensor, width: int) -> tuple[str, ...]:
+    """Name an array's axes; that of an embedding of another width than the stream's is its own."""
+    dims = DIMS[_kind(name)]
+    return dims if name != "embed" or array.shape[-1] == width else (*dims[:-1], "d_embed")
 
 
 def _layer(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+SPARE_POSITIONS = 8  # most rows of a table of positions beyond the longest sequence (OPT has two)
 
 
 def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -33,7 +36,9 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     if is_transformer_lens(model):
         output = model(input_ids, return_type="logits")
     elif is_hugging_face(model):
-        output = model(input_ids, use_cache=False, return_dict=False)[0]
+        output = model(input_ids, use_cache=False, return_dict=True)
+        if not hasattr(output, "logits"):  # a base model, or a forward of one's own
+            output = output[0]
     else:
         output = model(input_ids)
     logits = getattr(output, "logits", output)
@@ -48,7 +53,9 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 def is_transformer_lens(model: nn.Module) -> bool:
     """Whether a model looks like a TransformerLens ``HookedTransformer``."""
-    return hasattr(getattr(model, "cfg", None), "n_heads")
+    if not hasattr(getattr(model, "cfg", None), "n_heads"):
+        return False
+    return "return_type" in inspect.signature(model.forward).parameters
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -68,19 +75,44 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def max_sequence_length(model: nn.Module) -> int | None:
-    """Give the longest sequence with learned positions; None where nothing limits it."""
+    """Give the longest sequence for which a model has positions; None where no table limits it."""
     if is_transformer_lens(model):
         return int(model.cfg.n_ctx)  # type: ignore[union-attr,arg-type]
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = trained_length(model)
+    if limit is None:
+        return None
+    tokens = model.get_input_embeddings() if is_hugging_face(model) else None  # type: ignore[operator]
+    learned = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module is not tokens
+    ]
+    fixed = [len(buffer) for buffer in model.buffers() if buffer.ndim == 2]
+    has_table = limit in fixed or any(0 <= rows - limit <= SPARE_POSITIONS for rows in learned)
+    return limit if has_table else None
+
+
+def trained_length(model: nn.Module) -> int | None:
+    """Give the sequence length that a model's configuration names, if it names one."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) and limit > 0 else None
 
 
+def first_name(model: nn.Module, name: str) -> str | None:
+    """Give the name by which ``named_parameters`` lists a tied parameter; None for no parameter."""
+    found = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    return next((own for own, p in model.named_parameters() if p is found), None)
+
+
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a model, quietly (TransformerLens prints otherwise)."""
-    if is_transformer_lens(model):
-        return model.to(device, print_details=False)  # type: ignore[call-overload]
-    return model.to(device)
+    """Move a model, quietly (TransformerLens prints otherwise).
+
+    By its class's method: one that was put on the model itself (accelerate does) may belong to the
+    model that this one is a copy of.
+    """
+    quietly = {"print_details": False} if is_transformer_lens(model) else {}
+    moved: nn.Module = type(model).to(model, device, **quietly)  # type: ignore[call-overload]
+    return moved
 
 
 @contextmanager

@@ -134,7 +134,7 @@ def _what_follows(
         return given[-1].clone()
 
     try:
-        with replaced_forward(module, answer):
+        with replaced_forward(module, answer), torch.enable_grad():
             made = token_logits(model, input_ids)
     except NoLinearHeadError:
         raise
@@ -143,6 +143,8 @@ def _what_follows(
         raise NoLinearHeadError(f"it fails with a head replaced ({reason})") from error
     if len(given) != 1:
         raise NoLinearHeadError(f"its head runs {len(given)} times per forward pass")
+    if made.requires_grad:
+        raise NoLinearHeadError("what follows its head has parameters, which may move")
     if made.shape != given[0].shape:
         raise NoLinearHeadError(f"its logits have shape {tuple(made.shape)}, its head's output not")
     scale, softcap = scale_and_cap(given[0].double(), made.double(), tolerance_of(made))

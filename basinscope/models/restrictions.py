@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from basinscope.models.forward import first_name
 from basinscope.models.structure import (
     Layer,
     ModelStructure,
@@ -123,6 +124,12 @@ def _masks_of(model: nn.Module, restriction: str, empty_is_fine: bool = False) -
         return {name: None for name, _ in model.named_parameters()}
     match = re.fullmatch(r"(embed|unembed)|l(\d+)(?:(h|g)(\d+)|(attn|mlp))?", wanted)
     if match is None:
+        tied = first_name(model, restriction.strip())
+        if tied is not None:
+            raise ValueError(
+                f"{restriction!r} is tied to {tied!r}: one tensor, which goes by its first name; "
+                f"use {tied!r}"
+            )
         names = [name for name, _ in model.named_parameters()]
         near = difflib.get_close_matches(restriction, names, n=2)
         hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

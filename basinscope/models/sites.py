@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.canonical import canonical_maps
-from basinscope.models.forward import is_transformer_lens
+from basinscope.models.forward import evaluating, is_transformer_lens, token_logits
 from basinscope.models.restrictions import structure_of
 from basinscope.models.stream import HIDDEN, Layer, first_tensor, stream_of
 from basinscope.models.structure import ModelStructure, UnknownStructureError
@@ -109,12 +112,15 @@ class Sites:
         Why a name that other models have cannot be read.
     layers : tuple of str
         Names of the layers' modules.
+    width : int
+        The stream's d_model.
     """
 
     plain: dict[str, Site]
     heads: dict[int, Heads]
     missing: dict[str, str]
     layers: tuple[str, ...]
+    width: int
 
 
 def find_sites(model: nn.Module) -> Sites:
@@ -162,7 +168,8 @@ def find_sites(model: nn.Module) -> Sites:
     plain["embed"] = Site(next(n for n, m in model.named_modules() if m is embedding), "output")
     norm = find_final_norm(model)
     plain[FINAL_NORM] = Site(norm, "input") if norm else Site(stream[-1].module, "output")
-    return Sites(plain, heads, missing, tuple(layer.module for layer in stream))
+    names = tuple(layer.module for layer in stream)
+    return Sites(plain, heads, missing, names, stream[-1].width)
 
 
 def _heads(structure: ModelStructure, layer: Layer, number: int) -> Heads | str:
@@ -216,8 +223,10 @@ def head_weights(model: nn.Module, heads: Heads) -> Tensor:
 
 def _hooked_sites(model: nn.Module) -> Sites:
     """A TransformerLens model, which has a module for each of its activations."""
-    count = int(model.cfg.n_layers)  # type: ignore[union-attr,arg-type]
+    config: Any = model.cfg
+    layers = tuple(f"blocks.{number}" for number in range(int(config.n_layers)))
     modules = dict(model.named_modules())
+    behind = _behind_attention(model, layers)
     places = {
         "resid_in": "hook_resid_pre",
         "resid_mid": "hook_resid_mid",
@@ -231,20 +240,55 @@ def _hooked_sites(model: nn.Module) -> Sites:
         "attn_pattern": "attn.hook_pattern",
     }
     plain = {
-        f"{kind}_{number}": Site(f"blocks.{number}.{place}", "output")
-        for number in range(count)
+        f"{kind}_{number}": Site(f"{layer}.{place}", "output")
+        for number, layer in enumerate(layers)
         for kind, place in places.items()
-        if f"blocks.{number}.{place}" in modules
+        if f"{layer}.{place}" in modules
     }
+    for number, layer in enumerate(layers):
+        if f"{layer}.ln1" in behind[layer]:  # attention reads the stream itself
+            plain[f"attn_in_{number}"] = Site(f"{layer}.hook_resid_pre", "output")
     plain["embed"] = Site("hook_embed", "output")
-    last = f"blocks.{count - 1}.hook_resid_post"
+    last = f"blocks.{len(layers) - 1}.hook_resid_post"
     plain[FINAL_NORM] = Site("ln_final", "input") if "ln_final" in modules else Site(last, "output")
     heads = {
         number: Heads(
-            Site(f"blocks.{number}.attn.hook_z", "output", heads=int(model.cfg.n_heads)),  # type: ignore[union-attr,arg-type]
-            f"blocks.{number}.attn.W_O",
+            Site(f"{layer}.attn.hook_z", "output", heads=int(config.n_heads)),
+            f"{layer}.attn.W_O",
+            behind[layer],
         )
-        for number in range(count)
-        if f"blocks.{number}.attn.hook_z" in modules
+        for number, layer in enumerate(layers)
+        if f"{layer}.attn.hook_z" in modules
     }
-    return Sites(plain, heads, {}, tuple(f"blocks.{number}" for number in range(count)))
+    return Sites(plain, heads, {}, layers, int(config.d_model))
+
+
+@torch.inference_mode(mode=False)
+@torch.no_grad()
+def _behind_attention(model: nn.Module, layers: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Names of the modules between a block's attention and its hook_attn_out, in order: norms.
+
+    One token shows them: each is given the very tensor that the one before it returned.
+    """
+    behind: dict[str, list[str]] = {layer: [] for layer in layers}
+    handed_on: dict[str, Tensor] = {}
+
+    def follow(layer: str, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if name == "attn":
+            handed_on[layer] = output
+        elif layer in handed_on and args and args[0] is handed_on[layer]:
+            if name == "hook_attn_out":
+                del handed_on[layer]
+            else:
+                behind[layer].append(f"{layer}.{name}")
+                handed_on[layer] = output
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            for name, module in model.get_submodule(layer).named_children():
+                handle = module.register_forward_hook(partial(follow, layer, name))
+                hooks.callback(handle.remove)
+        hooks.enter_context(evaluating(model))
+        device = next(model.parameters()).device
+        token_logits(model, torch.zeros((1, 1), dtype=torch.long, device=device))
+    return {layer: tuple(names) for layer, names in behind.items()}

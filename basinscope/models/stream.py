@@ -4,7 +4,8 @@ What a layer's attention and MLP add to the stream is found by trying. A few tok
 model, and those two outputs inside a layer are taken whose sum, times one number, is what the layer
 changed. So norms after a sublayer, residual multipliers, sublayers side by side, and blocks that
 add the stream inside their attention need no table. The layers are given small made-up numbers:
-beside a loud stream, 16 bits lose what is added to it.
+beside a loud stream, 16 bits lose what is added to it. Every module with weights gives made-up
+numbers, too: trained ones may be zero, or alike before and behind a norm.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +30,8 @@ from basinscope.models.structure import (
 )
 
 PROBE_TOKENS = 6
-QUIET = 2.0**-6  # size of the numbers that a layer is given
+UNIT = 2.0**-8  # of made-up numbers, so few of it that 16 bits add three without rounding
+QUIET, LOUDER = 20, 100  # the most that a layer is given, and that its modules make
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Layer:
     scale : float
     one_stream : bool
         Whether the stream is (example, token, d_model); some models hand several on at once.
+    width : int
+        The stream's d_model.
     """
 
     module: str
@@ -61,10 +66,13 @@ class Layer:
     after_projection: tuple[str, ...]
     scale: float
     one_stream: bool
+    width: int
 
 
 def stream_of(model: nn.Module) -> tuple[Layer, ...]:
     """Find the layers of a Hugging Face causal LM, once per model.
+
+    Weights do not matter. It is found again when modules, or factors of a layer's own, are others.
 
     Raises
     ------
@@ -76,14 +84,26 @@ def stream_of(model: nn.Module) -> tuple[Layer, ...]:
             f"{type(model).__name__} names its stream itself: blocks.0.hook_resid_pre and so on"
         )
     names = tuple(name for name, _ in model.named_modules())
+    known = (names, _numbers_of_layers(model))
     found = _streams.get(model)
-    if found is None or found[0] != names:
-        found = _streams[model] = (names, _find(model))
+    if found is None or found[0] != known:
+        found = _streams[model] = (known, _find(model))
     return found[1]
 
 
-_streams: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], tuple[Layer, ...]]]
-_streams = WeakKeyDictionary()
+_streams: WeakKeyDictionary[nn.Module, tuple[object, tuple[Layer, ...]]] = WeakKeyDictionary()
+
+
+def _numbers_of_layers(model: nn.Module) -> tuple[bytes, ...]:
+    """Factors and the like that are in no module of a layer: they are not made up."""
+    layers = [model.get_submodule(name) for name in layer_modules(model)]
+    numbers = [
+        tensor.detach().reshape(-1)
+        for layer in layers
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
+        if tensor.ndim < 2
+    ]
+    return tuple(vector.cpu().view(torch.uint8).numpy().tobytes() for vector in numbers)
 
 
 @dataclass
@@ -103,16 +123,23 @@ def _find(model: nn.Module) -> tuple[Layer, ...]:
     runs: list[list[_Ran]] = [[] for _ in layers]
     generator = torch.Generator().manual_seed(0)
 
-    def made_up(given: Tensor) -> Tensor:
-        return QUIET * torch.randn(given.shape, generator=generator).to(given)
+    def made_up(most: int, like: Tensor) -> Tensor:
+        return UNIT * torch.randint(-most, most + 1, like.shape, generator=generator).to(like)
+
+    def make_up(module: nn.Module, args: Any, output: Any) -> Any:
+        real = isinstance(output, Tensor) and output.is_floating_point()
+        return made_up(LOUDER, output) if real else None
 
     with ExitStack() as hooks:
+        for module in _with_weights(model, layers):
+            hooks.callback(module.register_forward_hook(make_up).remove)
         for layer, seen in zip(layers, runs, strict=True):
-            quiet = model.get_submodule(layer).register_forward_pre_hook(
-                changing_input(made_up), with_kwargs=True
+            whole = model.get_submodule(layer)
+            handle = whole.register_forward_pre_hook(
+                changing_input(partial(made_up, QUIET)), with_kwargs=True
             )
-            hooks.callback(quiet.remove)
-            for name, module in model.get_submodule(layer).named_modules(prefix=layer):
+            hooks.callback(handle.remove)
+            for name, module in whole.named_modules(prefix=layer):
                 note = _noting(name, seen)
                 handle = module.register_forward_hook(note, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -132,6 +159,17 @@ def _find(model: nn.Module) -> tuple[Layer, ...]:
         _layer(model, layer, attention, seen)
         for layer, attention, seen in zip(layers, blocks, runs, strict=True)
     )
+
+
+def _with_weights(model: nn.Module, layers: list[str]) -> list[nn.Module]:
+    """The innermost modules that have parameters: projections, norms, experts; each once."""
+    modules = dict.fromkeys(m for layer in layers for m in model.get_submodule(layer).modules())
+    return [m for m in modules if _count(m, inside=False) and _count(m) == _count(m, inside=False)]
+
+
+def _count(module: nn.Module, *, inside: bool = True) -> int:
+    """Number of a module's parameters, with those of the modules inside it."""
+    return len(list(module.parameters(recurse=inside)))
 
 
 def _noting(name: str, seen: list[_Ran]) -> Any:
@@ -183,9 +221,9 @@ def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran])
     of_attention = _that_carry(inside, projection)
     change = whole.made - whole.given
     writers = _writers(inside, of_attention, change)
-    one_stream = whole.given.ndim == 3
+    one_stream, width = whole.given.ndim == 3, whole.given.shape[-1]
     if writers is None or (writers[0] is None and _mixes_tokens(model, layer, writers[1])):
-        return Layer(layer, block, projection, None, None, (), 1.0, one_stream)
+        return Layer(layer, block, projection, None, None, (), 1.0, one_stream, width)
     attention_writes, mlp_writes, scale = writers
     between = of_attention[: of_attention.index(attention_writes) + 1] if attention_writes else []
     return Layer(
@@ -197,6 +235,7 @@ def _layer(model: nn.Module, layer: str, attention: list[str], seen: list[_Ran])
         tuple(n for n in between if n not in (projection, block) and not _wraps(n, projection)),
         scale,
         one_stream,
+        width,
     )
 
 

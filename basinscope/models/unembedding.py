@@ -54,6 +54,8 @@ class Unembedding:
     norm_bias : ndarray (d_model,) or None
     eps, scale : float
     softcap : float or None
+    num_layers : int or None
+        Of the model, if known: the stream behind the last one is what all of this is made for.
     """
 
     weight: Array
@@ -64,6 +66,7 @@ class Unembedding:
     eps: float
     softcap: float | None
     scale: float
+    num_layers: int | None = None
 
 
 def find_final_norm(model: nn.Module) -> str | None:
@@ -124,6 +127,7 @@ def find_unembedding(model: nn.Module) -> Unembedding:
             eps=run.numbers.eps,
             softcap=head.softcap,
             scale=head.scale,
+            num_layers=len(layer_modules(model)),
         )
         _require_same_logits(found, run)
     return found

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
 from basinscope.analysis.attribution import Attribution, AttributionStore
+from basinscope.analysis.attribution_keys import Key
 from basinscope.analysis.attribution_scales import Normalize
+from basinscope.io.attributions_layout import OUTPUT, OUTPUT_TOKENS
 from basinscope.report.figures import COLOURS, INK
 from basinscope.report.lens_figures import FONT, readable
 
@@ -49,8 +52,8 @@ def signed_bars(
     ----------
     store
     key
-        Such as ``"0.mlp.up:5"``; what is no target (``embed``) has no sources, and what is no
-        source (``output``) no targets.
+        Such as ``"0.mlp.up:5"``; what is no target in the store (as ``embed``) has no sources, and
+        what is no source (as ``output``) no targets.
     k
         Bars of each side: the k largest magnitudes.
     metric, normalize
@@ -156,15 +159,15 @@ def strongest(
         As :func:`signed_bars`.
     """
     signs = ("positive",) if metric == "mean_squared_attr" else ("positive", "negative")
-    layer = key.rpartition(":")[0]
+    is_target, is_source = _roles(store, Key.parse(key).layer)
     sides = {}
-    if layer != "embed":
+    if is_target:
         sides["sources"] = [
             entry
             for sign in signs
             for entry in store.top_sources(key, k, sign, metric, normalize=normalize)
         ]
-    if layer != "output":
+    if is_source:
         sides["targets"] = [
             entry
             for sign in signs
@@ -177,6 +180,23 @@ def strongest(
         )
         for side, entries in sides.items()
     }
+
+
+def _roles(store: AttributionStore, layer: str) -> tuple[bool, bool]:
+    """Tell whether a layer's components are targets, and whether they are sources."""
+    edges = store.metadata["edges"]
+    sources = {source for _, source in edges}
+    targets = {OUTPUT if target == OUTPUT_TOKENS else target for target, _ in edges}
+    if layer not in sources | targets:
+        what = "neither source nor target" if layer in store.layers else "no layer"
+        ordered = [[name for name in store.layers if name in role] for role in (sources, targets)]
+        close = get_close_matches(layer, sources | targets, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(
+            f"{layer!r} is {what} of this store: {hint}its sources are {', '.join(ordered[0])}, "
+            f"its targets {', '.join(ordered[1])}"
+        )
+    return layer in targets, layer in sources
 
 
 def axis_label(metric: str, normalize: Normalize) -> str:

@@ -5,7 +5,7 @@ Every function returns a `matplotlib.figure.Figure` of its own; no global state,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +23,7 @@ SMOOTHED_SHARE = 1 / 10  # of a trace, averaged for the thick line
 MAX_BINS = 80
 
 
-def save_figures(
-    tree: xr.DataTree, out: Path, checkpoint_losses: Mapping[str, np.ndarray] | None = None
-) -> list[Path]:
+def save_figures(tree: xr.DataTree, out: Path) -> list[Path]:
     """Draw every figure of a store and write them as PNG files.
 
     Parameters
@@ -34,8 +32,6 @@ def save_figures(
         A store of `basinscope.sample`, opened.
     out
         Folder for the files; made when missing.
-    checkpoint_losses
-        Passed to `token_loss_shift`.
 
     Returns
     -------
@@ -48,7 +44,7 @@ def save_figures(
     llc = compute_llc(tree).compute()
     figures = {"loss_traces": loss_traces(llc), "running_llc": running_llc(llc)}
     if observables_of(tree):
-        figures["token_loss_shift"] = token_loss_shift(tree, checkpoint_losses=checkpoint_losses)
+        figures["token_loss_shift"] = token_loss_shift(tree)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=DPI)
@@ -131,7 +127,6 @@ def running_llc(llc: xr.Dataset) -> Figure:
 def token_loss_shift(
     tree: xr.DataTree,
     observable: str | Iterable[str] | None = None,
-    checkpoint_losses: Mapping[str, np.ndarray] | None = None,
 ) -> Figure:
     """Draw how far the losses of single tokens lie from where they started, per observable.
 
@@ -139,12 +134,10 @@ def token_loss_shift(
     ----------
     tree
         A store with ``loss_{observable} (chain, draw, batch_{observable}, token_pos)``. It is read
-        once, by Dask where it is lazy; only means over chains and draws are held.
+        once, by Dask where it is lazy; only means over chains and draws are held. An observable
+        without ``init_loss_{observable}`` is compared with its first draw, the mean over chains.
     observable
         One name or several; None for all.
-    checkpoint_losses
-        Per observable, its losses ``(batch, token_pos)`` at the checkpoint, in nats. An observable
-        without them is compared with its first draw, the mean over chains.
 
     Returns
     -------
@@ -160,7 +153,7 @@ def token_loss_shift(
     names = _chosen(tree, observable)
     figure, panels = _canvas("Shift of single tokens' losses", rows=len(names))
     for row, name in enumerate(names):
-        shift, start = _shift(tree, name, (checkpoint_losses or {}).get(name))
+        shift, start = _shift(tree, name)
         by_position, histogram = panels[2 * row : 2 * row + 2]
         _draw_positions(by_position, shift, COLOURS[row % len(COLOURS)])
         _draw_histogram(histogram, shift, COLOURS[row % len(COLOURS)])
@@ -187,28 +180,19 @@ def _chosen(tree: xr.DataTree, observable: str | Iterable[str] | None) -> list[s
     return wanted
 
 
-def _shift(
-    tree: xr.DataTree, name: str, at_checkpoint: np.ndarray | None
-) -> tuple[np.ndarray, str]:
+def _shift(tree: xr.DataTree, name: str) -> tuple[np.ndarray, str]:
     """Shift per (batch, token_pos) in nats, and what it is measured from."""
     from basinscope.analysis.stores import open_samples
 
     opened = open_samples(tree)
     losses = opened.dataset[f"loss_{name}"].isel(chain=list(opened.places))
-    means = xr.Dataset(
-        {
-            "draws": losses.mean(["chain", "draw"], dtype="float64"),
-            "first": losses.isel(draw=0).mean("chain", dtype="float64"),
-        }
-    ).compute()
-    if at_checkpoint is None:
-        return means["draws"].values - means["first"].values, "the first draw"
-    if np.shape(at_checkpoint) != means["draws"].shape:
-        raise ValueError(
-            f"checkpoint_losses[{name!r}] has shape {np.shape(at_checkpoint)}; the store's "
-            f"loss_{name} needs {means['draws'].shape}, its (batch, token_pos)."
-        )
-    return means["draws"].values - np.asarray(at_checkpoint, dtype=float), "the checkpoint"
+    start, called = losses.isel(draw=0).mean("chain", dtype="float64"), "the first draw"
+    if f"init_loss_{name}" in opened.dataset:
+        start, called = opened.dataset[f"init_loss_{name}"], "the checkpoint"
+        start = start.astype("float64").mean(start.dims[:-2])
+    means = xr.Dataset({"draws": losses.mean(["chain", "draw"], dtype="float64"), "start": start})
+    means = means.compute()
+    return means["draws"].values - means["start"].values, called
 
 
 def _draw_positions(axes: Axes, shift: np.ndarray, colour: str) -> None:

@@ -9,12 +9,19 @@ from typing import Any
 import numpy as np
 import xarray as xr
 import zarr
+from rich.markup import escape
 from rich.table import Table
 
 from basinscope.analysis.plan import Plan
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING
 
 COLOURS = {DONE: "green", FAILED: "red", PENDING: "dim", RUNNING: "cyan", "interrupted": "yellow"}
+
+FIRST_DRAW = "first draw"  # an LLC's attribute "reference"; the other one is "checkpoint"
+FIRST_DRAW_CAVEAT = (
+    "Against the first draw, where the store has no loss of the observable at the checkpoint: what "
+    "the loss rose before that draw is left out, so the figure is usually too low."
+)
 
 
 def llc_table(llc: xr.Dataset) -> Table:
@@ -48,11 +55,44 @@ def llc_figures(llc: xr.Dataset) -> dict[str, object]:
         **{name: float(llc[name]) for name in scalars},
         "llc_error": llc_error(llc),
         "llc_per_chain": llc["llc_per_chain"].to_numpy().tolist(),
-        "llc_observables": {
-            str(name).removeprefix("llc_"): float(value)
-            for name, value in llc.data_vars.items()
-            if value.attrs["long_name"].startswith("local learning coefficient on ")
+        "llc_observables": {name: float(value) for name, value in _on_observables(llc).items()},
+        "llc_observables_reference": {
+            name: value.attrs["reference"] for name, value in _on_observables(llc).items()
         },
+    }
+
+
+def observables_table(llc: xr.Dataset) -> Table | None:
+    """Show the LLC on each observable, and what it is taken against; None if there is none.
+
+    Parameters
+    ----------
+    llc : xr.Dataset
+        As for :func:`llc_table`.
+    """
+    found = _on_observables(llc)
+    if not found:
+        return None
+    table = Table(title="LLC on observables", title_justify="left", show_edge=False)
+    table.add_column("observable")
+    table.add_column("LLC", justify="right")
+    table.add_column("against the loss at the")
+    for name, value in found.items():
+        table.add_row(escape(name), f"{float(value):.2f}", value.attrs["reference"])
+    return table
+
+
+def against_first_draw(llc: xr.Dataset) -> list[str]:
+    """Name the observables whose LLC is taken against their first draw."""
+    found = _on_observables(llc)
+    return [name for name, value in found.items() if value.attrs["reference"] == FIRST_DRAW]
+
+
+def _on_observables(llc: xr.Dataset) -> dict[str, xr.DataArray]:
+    return {
+        str(name).removeprefix("llc_"): value
+        for name, value in llc.data_vars.items()
+        if "reference" in value.attrs
     }
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,8 +70,8 @@ def run_chains(
     model : nn.Module
         A :func:`working_copy` of the job's model; it moves.
     at_once : int
-        Chains that run side by side, each in a thread of its own with a copy of the model and
-        its share of torch's threads.
+        Chains that run side by side, each in a thread of its own with a copy of the model. Each
+        has this share of torch's threads, even where fewer chains are left: sums depend on it.
     """
     writer = BackgroundWriter(store.path, store.arrays)
     prefix = prefix_cache(job, model)
@@ -97,39 +97,47 @@ def run_chains(
                 return
             runner.run(chain)
 
+    others = [working_copy(job) for _ in range(min(at_once, len(chains)) - 1)]
     try:
-        if at_once == 1:
-            work(model)
-        else:
-            _side_by_side(work, [model, *(working_copy(job) for _ in range(at_once - 1))], stop)
+        with _threads(max(1, torch.get_num_threads() // at_once)) as threads:
+            if others:
+                _side_by_side(work, [model, *others], threads, stop)
+            else:
+                work(model)
         writer.drain()
     finally:
         writer.close()
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
+
+
 def _side_by_side(
-    work: Callable[[nn.Module], None], models: list[nn.Module], stop: StopRequest
+    work: Callable[[nn.Module], None], models: list[nn.Module], threads: int, stop: StopRequest
 ) -> None:
     """Run ``work`` on each model in a thread; the first error stops them all and is raised."""
-    threads = torch.get_num_threads()
 
     def alone(model: nn.Module) -> None:
-        torch.set_num_threads(max(1, threads // len(models)))
+        torch.set_num_threads(threads)  # every thread has a number of its own
         try:
             work(model)
         except BaseException:
             stop.failed = True
             raise
 
-    try:
-        with ThreadPoolExecutor(len(models), "basinscope-chain") as pool:
-            running = [pool.submit(alone, model) for model in models]
-        errors = [future.exception() for future in running]
-        first = [e for e in errors if e and not isinstance(e, SiblingFailedError)]
-        if first:
-            raise first[0]
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(len(models), "basinscope-chain") as pool:
+        running = [pool.submit(alone, model) for model in models]
+    errors = [future.exception() for future in running]
+    first = [e for e in errors if e and not isinstance(e, SiblingFailedError)]
+    if first:
+        raise first[0]
 
 
 class ChainRunner:
@@ -182,9 +190,11 @@ class ChainRunner:
         self.anchors = [anchors[name].to(job.device).contiguous() for name in job.masks]
         self.masks = list(job.masks.values())
         self.indices = [order[name] for name in job.masks]
+        measured = config.localization or config.bounding_box_size is not None
+        measured = measured or config.save_metrics
         self.update = SgldUpdate(
             [p.detach() for p in self.parameters],
-            anchors=self.anchors,
+            anchors=self.anchors if measured else None,
             masks=self.masks,
             param_indices=self.indices,
             lr=config.lr,
@@ -366,17 +376,18 @@ class ChainRunner:
         batches = input_ids.split(size)
         losses = []
         for number, batch in enumerate(batches):
-            with self.clock("forward"), ExitStack() as at_entry:
-                if self.prefix is not None and places is not None:
-                    rows = places[number * size : (number + 1) * size]
-                    at_entry.enter_context(self.prefix.sampling(self.model, rows, batch))
-                loss = self.job.loss(self.model, batch).float()
-            with self.clock("backward"):
-                (loss.mean() / len(batches)).backward()
+            with ExitStack() as at_entry:  # backward too: checkpointed layers run again there
+                with self.clock("forward"):
+                    if self.prefix is not None and places is not None:
+                        rows = places[number * size : (number + 1) * size]
+                        at_entry.enter_context(self.prefix.sampling(self.model, rows))
+                    loss = self.job.loss(self.model, batch).float()
+                with self.clock("backward"):
+                    (loss.mean() / len(batches)).backward()
             losses.append(loss.detach())
         return torch.stack(losses)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a cache that a model makes in inference mode could not be used in a step
     def _observe(self) -> dict[str, Tensor]:
         return self.observe(self.model)
 
@@ -402,9 +413,7 @@ class ChainRunner:
             for parameter, anchor in zip(self.parameters, self.anchors, strict=True):
                 parameter.copy_(anchor)
                 parameter.grad = None
-            originals = dict(self.job.model.named_buffers())
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(originals[name])
+            _place_buffers(self.model, self.job.model)
             for average in self.update.square_avgs or []:
                 average.zero_()
             if config.init_noise:
@@ -418,8 +427,20 @@ class ChainRunner:
                 )
             if saved is not None:
                 _unpack(saved["weights"], [p.data for p in self.parameters])
-                _unpack(saved["buffers"], list(self.model.buffers()))
+                _unpack(saved["buffers"], self._buffers())
                 _unpack(saved["square_avg"], self.update.square_avgs or [])
+
+    def _buffers(self) -> list[Tensor]:
+        """The state that a chain keeps beside its weights.
+
+        The caller's model says what that is: a buffer that was made, or grew, in a forward pass is
+        a cache that the next one makes again.
+        """
+        ours = dict(self.model.named_buffers())
+        return [
+            ours[name] if ours[name].shape == original.shape else original
+            for name, original in self.job.model.named_buffers()
+        ]
 
     def _seed_dropout(self, chain: int, saved: dict[str, np.ndarray] | None) -> None:
         """Set torch's own generators, which only dropout uses."""
@@ -439,7 +460,7 @@ class ChainRunner:
             self.writer.drain(chain)
             state = {
                 "weights": _pack([p.data for p in self.parameters]),
-                "buffers": _pack(list(self.model.buffers())),
+                "buffers": _pack(self._buffers()),
                 "square_avg": _pack(self.update.square_avgs or []),
                 "rng": torch.get_rng_state().numpy(),
             }
@@ -495,6 +516,20 @@ def working_copy(job: SamplingJob) -> nn.Module:
         parameter.data = parameter.data.contiguous()
         parameter.requires_grad_(name in job.masks)
     return model.train(job.config.train_mode)
+
+
+def _place_buffers(model: nn.Module, original: nn.Module) -> None:
+    """Give a copy of a model the buffers of the original, and none that it made since."""
+    for name, module in model.named_modules():
+        for key, value in original.get_submodule(name)._buffers.items():
+            mine = module._buffers.get(key)
+            if value is None:
+                module._buffers[key] = None
+            elif mine is None or mine.shape != value.shape or mine.dtype != value.dtype:
+                device = value.device if mine is None else mine.device
+                module._buffers[key] = value.detach().to(device, copy=True)
+            else:
+                mine.copy_(value)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from basinscope.models.forward import (
     max_sequence_length,
     to_device,
     token_logits,
+    trained_length,
     vocabulary_size,
 )
 from basinscope.models.head import LinearHead, NoLinearHeadError, find_linear_head
@@ -340,7 +341,14 @@ def _length(model: nn.Module, ids: np.ndarray) -> Finding:
             "cut."
         )
         return Finding("length", "warning", text, values)
-    known = f"; the model takes up to {limit}" if limit else "; the model names no limit"
+    trained = trained_length(model)
+    if limit is None and trained is not None and length > trained:
+        text = (
+            f"Sequences have {length} tokens, and the model's configuration names {trained} "
+            "(max_position_embeddings): it runs, on positions that it may never have seen."
+        )
+        return Finding("length", "warning", text, {**values, "trained": trained})
+    known = f"; the model takes up to {limit}" if limit else "; nothing limits them"
     return Finding("length", "ok", f"Sequences have {length} tokens{known}.", values)
 
 

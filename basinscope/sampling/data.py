@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,11 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} has no rows")
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"{name} has a transform that makes its rows when they are read, and ids are read "
+            "without it: apply it with dataset.map(...), or drop it with dataset.with_format(None)"
+        )
 
     kind = dataset.features.arrow_schema.field("input_ids").type
     if not (
@@ -72,7 +78,7 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
             f"{name}'s column 'input_ids' must hold integers; it holds {kind.value_type}"
         )
 
-    first, length = None, 0
+    first, length, padded = None, 0, False
     arrow = dataset.with_format("arrow")
     for start in range(0, len(dataset), LENGTH_CHECK_ROWS):
         table = arrow[start : start + LENGTH_CHECK_ROWS]
@@ -87,12 +93,20 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
                 f"has {int(lengths[odd[0]])}. tokenize_and_concatenate() makes equal rows; "
                 "padding would count as data"
             )
+        if _has_padding(table):
+            padded = True
         missing = _missing_ids(table)
         if missing.size:
             raise ValueError(
                 f"row {start + int(missing[0]) // length} of {name} has a missing id (null): give "
                 "every token an id, or leave the row out"
             )
+    if padded:
+        warnings.warn(
+            f"{name} has an attention_mask with zeros, which is not used: padding counts as data. "
+            "tokenize_and_concatenate() makes rows without padding",
+            stacklevel=4,
+        )
     if length < least_tokens:
         loss = " for a next-token loss" if least_tokens == 2 else ""
         raise ValueError(
@@ -106,6 +120,15 @@ def _row_lengths(table: Any) -> np.ndarray:
 
     lengths = pc.list_value_length(table.column("input_ids")).to_numpy(zero_copy_only=False)
     return np.nan_to_num(np.asarray(lengths, dtype=np.float64)).astype(np.int64)
+
+
+def _has_padding(table: Any) -> bool:
+    import pyarrow.compute as pc
+
+    if "attention_mask" not in table.column_names:
+        return False
+    lowest = pc.min(pc.list_flatten(table.column("attention_mask"))).as_py()
+    return lowest is not None and not lowest
 
 
 def _missing_ids(table: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from basinscope.sampling.chain import perturb
 from basinscope.sampling.interrupt import StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.layers import quicken_linears
+from basinscope.sampling.observables import ObservableEvaluator
 
 
 def init_losses(
@@ -42,6 +43,27 @@ def init_losses(
     return losses
 
 
+@torch.no_grad()
+def observed_losses(job: SamplingJob, model: nn.Module) -> dict[str, np.ndarray]:
+    """Compute each observable's losses at the checkpoint, (sequence, token_pos) float32 nats.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A working copy at the checkpoint.
+    """
+    quicken_linears(model)
+    torch.manual_seed(job.config.init_seed)
+    evaluate = ObservableEvaluator(
+        job.observables,
+        job.loss,
+        batch_size=job.config.batch_size,
+        per_forward=job.sequences_per_forward,
+        device=job.device,
+    )
+    return {obs_id: losses.cpu().numpy() for obs_id, losses in evaluate(model).items()}
+
+
 def _mean_loss(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest) -> np.ndarray:
     """Average over the first batches of a chain's order; a batch that comes twice counts twice."""
     config = job.config
@@ -53,7 +75,7 @@ def _mean_loss(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest
 
     per_forward = job.sequences_per_forward or config.batch_size
     total: Tensor | None = None
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(used), per_forward):
             stop.raise_if_asked()
             part = slice(start, start + per_forward)

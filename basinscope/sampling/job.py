@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.io.schema import ArraySpec, sampling_arrays
-from basinscope.models.forward import max_sequence_length, vocabulary_size
+from basinscope.models.forward import first_name, max_sequence_length, vocabulary_size
 from basinscope.models.head import LinearHead
 from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
+from basinscope.sampling.identity import describe_loss, describe_masks, describe_model, digest_of
 from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import Observable, read_observables
 
@@ -137,15 +137,15 @@ class SamplingJob:
             "observables": [observable.describe() for observable in self.observables],
             "model": describe_model(self.model),
             "param_masks": describe_masks(self.model, self.masks),
-            "loss_fn": _qualified_name(self.loss_fn) if self.loss_fn else None,
+            "loss_fn": describe_loss(self.loss_fn) if self.loss_fn else None,
             "datasets": {
                 "sampling": {
                     "rows": self.dataset_rows,
                     "sequence_length": self.sequence_length,
-                    "sha256": _digest(self.pool_rows, self.pool.to(torch.int64).numpy()),
+                    "sha256": digest_of(self.pool_rows, self.pool.to(torch.int64).numpy()),
                 },
                 **{
-                    f"observable {o.obs_id}": {"sha256": _digest(o.input_ids)}
+                    f"observable {o.obs_id}": {"sha256": digest_of(o.input_ids)}
                     for o in self.observables
                 },
             },
@@ -239,12 +239,12 @@ def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, T
     parameters = dict(model.named_parameters())
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters to sample")
-    for name, parameter in parameters.items():
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"parameter {name!r} has dtype {parameter.dtype}: quantised weights cannot be "
-                "sampled; load the model in float32, bfloat16 or float16"
-            )
+    absent = [name for name, parameter in parameters.items() if parameter.is_meta]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} parameters of {type(model).__name__} are on the meta device, without "
+            f"values ({', '.join(absent[:3])}): load the model whole, without offloading"
+        )
     if param_masks is None:
         moved = {name: None for name, p in parameters.items() if p.requires_grad}
         if not moved:
@@ -252,6 +252,7 @@ def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, T
                 f"no parameter of {type(model).__name__} requires a gradient: call "
                 "model.requires_grad_(True), or name the parameters to move in param_masks"
             )
+        _require_floats(parameters, moved)
         return dict(moved)
     if not isinstance(param_masks, Mapping):
         raise TypeError(
@@ -260,6 +261,12 @@ def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, T
         )
     for name, mask in param_masks.items():
         if name not in parameters:
+            first = first_name(model, str(name))
+            if first is not None:
+                raise ValueError(
+                    f"param_masks names {name!r}, which is tied to {first!r}: one tensor, which "
+                    f"goes by its first name; use {first!r}"
+                )
             near = difflib.get_close_matches(str(name), parameters, n=3)
             raise ValueError(
                 f"param_masks names {name!r}, which is no parameter of {type(model).__name__}; "
@@ -277,44 +284,18 @@ def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, T
             )
     if not any(mask is None or bool(mask.any()) for mask in param_masks.values()):
         raise ValueError("param_masks selects no weight at all: nothing would move")
+    _require_floats(parameters, param_masks)
     return dict(param_masks)
 
 
-def moved_elements(model: nn.Module, masks: ParamMasks) -> int:
-    """Count the weights that move."""
-    parameters = dict(model.named_parameters())
-    return sum(
-        parameters[name].numel() if mask is None else int(mask.count_nonzero())
-        for name, mask in masks.items()
-    )
-
-
-def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Identify a checkpoint: class, size and a hash of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_bytes(tensor))
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
-        "sha256": digest.hexdigest(),
-    }
-
-
-def describe_masks(model: nn.Module, masks: ParamMasks) -> dict[str, Any]:
-    """Identify a restriction: how much moves, and a hash of names and masks."""
-    digest = hashlib.sha256()
-    for name in sorted(masks):
-        mask = masks[name]
-        digest.update(name.encode())
-        digest.update(b"all" if mask is None else _bytes(mask))
-    return {
-        "parameters": len(masks),
-        "elements": moved_elements(model, masks),
-        "sha256": digest.hexdigest(),
-    }
+def _require_floats(parameters: Mapping[str, Tensor], moved: ParamMasks) -> None:
+    for name in moved:
+        if not parameters[name].is_floating_point():
+            raise ValueError(
+                f"parameter {name!r} has dtype {parameters[name].dtype}: quantised weights cannot "
+                "be sampled; load the model in float32, bfloat16 or float16, or name the "
+                "parameters to move in param_masks"
+            )
 
 
 def _used_rows(config: SamplerConfig, num_rows: int) -> np.ndarray:
@@ -342,21 +323,3 @@ def check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
 def _with_precision(job: SamplingJob, loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
     with job.precision():
         return loss(model, input_ids)
-
-
-def _qualified_name(function: Callable[..., Any]) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _digest(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(repr(array.shape).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    return flat.numpy().data

@@ -45,24 +45,27 @@ class PrefixCache:
         self._sampled: Tensor | None = None
         self._known = np.zeros(len(job.pool), dtype=np.bool_)
 
-    def sampling(
-        self, model: nn.Module, places: np.ndarray, input_ids: Tensor
-    ) -> AbstractContextManager[None]:
+    def sampling(self, model: nn.Module, places: np.ndarray) -> AbstractContextManager[None]:
         """Start passes over rows ``places`` of the job's pool at the entry."""
         if not self.keeps_sampling:
             return nullcontext()
+        size = self.job.config.batch_size
         with self._lock:
-            new = ~self._known[places]
-            if new.any():
-                found = self._compute(model, input_ids[torch.from_numpy(new)])
-                if self._sampled is None:
-                    rows = (len(self.job.pool), *found.shape[1:])
-                    self._sampled = torch.empty(rows, dtype=found.dtype, device=found.device)
-                self._sampled[torch.from_numpy(places[new])] = found
-                self._known[places] = True
+            for group in np.unique(places[~self._known[places]] // size):
+                self._keep(model, slice(group * size, (group + 1) * size))
         assert self._sampled is not None
         hidden = self._sampled[torch.from_numpy(places).to(self._sampled.device)]
         return entered(model, self.entry, hidden)
+
+    def _keep(self, model: nn.Module, rows: slice) -> None:
+        """Compute neighbours in the pool together, so that no chain's order decides their bits."""
+        ids = self.job.pool[rows].to(self.job.device, torch.int64)
+        found = self._compute(model, ids)
+        if self._sampled is None:
+            shape = (len(self.job.pool), *found.shape[1:])
+            self._sampled = torch.empty(shape, dtype=found.dtype, device=found.device)
+        self._sampled[rows] = found
+        self._known[rows] = True
 
     def observing(
         self, model: nn.Module, number: int, input_ids: Tensor

@@ -33,9 +33,10 @@ from basinscope.io.writer import BackgroundWriter
 from basinscope.kernels.linear import uses_onednn
 from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
-from basinscope.sampling.init_loss import init_losses
+from basinscope.sampling.identity import moved_elements
+from basinscope.sampling.init_loss import init_losses, observed_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
-from basinscope.sampling.job import PROBE_TOKENS, SamplingJob, moved_elements, prepare_job
+from basinscope.sampling.job import PROBE_TOKENS, SamplingJob, prepare_job
 from basinscope.sampling.losses import head_or_none
 from basinscope.sampling.precision import warn_about_rounding
 from basinscope.sampling.progress import show_progress
@@ -333,7 +334,7 @@ def sample(
                     job,
                     path,
                     todo,
-                    workers,
+                    min(workers, len(asked)),
                     checkpoint_every=checkpoint_every,
                     stop=stop,
                     report=report,
@@ -347,7 +348,7 @@ def sample(
                     checkpoint_every=checkpoint_every,
                     stop=stop,
                     report=report,
-                    at_once=min(len(todo), chains_at_once or _usual_chains_at_once(job, profile)),
+                    at_once=min(len(asked), chains_at_once or _usual_chains_at_once(job, profile)),
                     profile=trace,
                     profile_steps=profile_steps,
                 )
@@ -435,10 +436,40 @@ def _check_loss(job: SamplingJob, model: nn.Module) -> None:
             f"{kind} has no gradient with respect to the parameters that should move: it was "
             "detached, computed under no_grad, or does not depend on them"
         )
+    _require_gradients(job, model, losses, kind)
     if not torch.isfinite(losses).all():
         raise ValueError(
             f"{kind} is not finite at the checkpoint itself: sampling around it is meaningless. "
             "Check the weights (load the model in float32 or bfloat16) and the data"
+        )
+
+
+def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind: str) -> None:
+    """Refuse a loss that is not of the copy's weights; name those that it does not depend on."""
+    moved = {name: p for name, p in model.named_parameters() if name in job.masks}
+    found = torch.autograd.grad(losses.mean(), list(moved.values()), allow_unused=True)
+    gradients = dict(zip(moved, found, strict=True))
+    sparse = [name for name, g in gradients.items() if g is not None and g.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            f"{', '.join(sparse)} has a sparse gradient, which no update of all weights can use: "
+            "make the layer with sparse=False"
+        )
+    without = [name for name, gradient in gradients.items() if gradient is None]
+    if len(without) == len(moved):
+        raise ValueError(
+            f"{kind} does not depend on the weights of the model it is given: sampling moves a "
+            "copy of your model, and a forward or a loss_fn that holds on to the model itself (a "
+            "closure, a wrapped forward) never sees the copy move. Take weights from the model "
+            "that is passed in"
+        )
+    if without:
+        warnings.warn(
+            f"{len(without)} of {len(moved)} parameters have no gradient on the batch tried, and "
+            f"a parameter without one does not move, noise included: {', '.join(without[:5])}"
+            f"{', ...' if len(without) > 5 else ''}. If they are unused, leave them out "
+            "(param_masks)",
+            stacklevel=4,
         )
 
 
@@ -478,6 +509,8 @@ def _write_inputs(
         else:
             rows = np.stack([job.step_rows(chain) for chain in range(job.config.num_chains)])
             writer.put("sampling_rows", slice(None), rows)
+        for obs_id, losses in observed_losses(job, model).items():
+            writer.put(f"init_loss_{obs_id}", slice(None), losses)
         for chain, losses in init_losses(job, model, missing, stop).items():
             writer.put("init_loss", chain, losses)
         writer.drain()

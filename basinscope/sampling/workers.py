@@ -46,6 +46,8 @@ def run_in_workers(
 ) -> None:
     """Spread chains over processes that share the machine's threads.
 
+    Each has an equal share, even where there are fewer chains than workers: sums depend on it.
+
     Raises
     ------
     WorkerError
@@ -56,7 +58,8 @@ def run_in_workers(
         job_file = Path(directory) / "job.pt"
         _save_job(job, job_file)
         processes = [
-            _start(job_file, path, chains[i::count], count, checkpoint_every) for i in range(count)
+            _start(job_file, path, chains[i::count], workers, checkpoint_every)
+            for i in range(count)
         ]
         try:
             _listen(processes, stop, report)
@@ -81,13 +84,14 @@ def _save_job(job: SamplingJob, file: Path) -> None:
 
 
 def _start(
-    job_file: Path, store: Path, chains: list[int], count: int, checkpoint_every: int | None
+    job_file: Path, store: Path, chains: list[int], workers: int, checkpoint_every: int | None
 ) -> subprocess.Popen[str]:
     order = {
         "job": str(job_file),
         "store": str(store),
         "chains": chains,
-        "threads": max(1, torch.get_num_threads() // count),
+        "threads": max(1, torch.get_num_threads() // workers),
+        "arithmetic": _arithmetic(),
         "checkpoint_every": checkpoint_every,
     }
     importable = os.pathsep.join(entry for entry in sys.path if entry)
@@ -137,6 +141,7 @@ def _listen(
 
 def _main(order: dict[str, Any]) -> None:
     torch.set_num_threads(order["threads"])
+    _set_arithmetic(**order["arithmetic"])
     job = torch.load(order["job"], weights_only=False)
     with stop_on_signals() as stop:
         _stop_with_parent()
@@ -149,6 +154,25 @@ def _main(order: dict[str, Any]) -> None:
             stop=stop,
             report=_printer(),
         )
+
+
+def _arithmetic() -> dict[str, Any]:
+    """What the caller's process has set of torch that decides the bits of a sum."""
+    return {
+        "onednn": torch._C._get_mkldnn_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+    }
+
+
+def _set_arithmetic(
+    onednn: bool, matmul_precision: str, deterministic: bool, default_dtype: str
+) -> None:
+    torch._C._set_mkldnn_enabled(onednn)
+    torch.set_float32_matmul_precision(matmul_precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_default_dtype(getattr(torch, default_dtype))
 
 
 def _stop_with_parent() -> None:

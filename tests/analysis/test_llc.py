@@ -70,7 +70,7 @@ def test_every_variable_is_its_formula(store: Path) -> None:
         "n_beta": 12.0,
         "llc_token": 12.0 * (losses.mean((0, 1, 2)) - init.mean(0)),
         "llc_running": 12.0 * (trace.cumsum(1) / np.arange(1, 26) - init.mean()),
-        "llc_a": 12.0 * (observed.mean() - observed[:, 0].mean()),
+        "llc_a": 12.0 * (observed.mean() - raw["init_loss_a"].to_numpy().mean(dtype=np.float64)),
         "llc_mcse": 12.0 * error_of_rise(list(trace), SharedBatches(np.arange(25), 32, 1, 10)),
         "rhat": judged["rhat"],
         "ess_bulk": judged["ess_bulk"],
@@ -107,15 +107,23 @@ def test_an_observable_is_measured_from_its_loss_at_the_checkpoint_where_it_is_s
     store: Path,
 ) -> None:
     raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    losses = raw["loss_a"].to_numpy().astype(np.float64)
     raw.dataset = raw.dataset.assign(init_loss_a=raw["init_loss"] * 0 + 2.0)
     got = basinscope.compute_llc(raw)
-    mean = raw["loss_a"].to_numpy().astype(np.float64).mean()
-    np.testing.assert_allclose(got["llc_a"], 12.0 * (mean - 2.0), rtol=1e-9)
+    np.testing.assert_allclose(got["llc_a"], 12.0 * (losses.mean() - 2.0), rtol=1e-9)
+    assert got["llc_a"].attrs["reference"] == "checkpoint"
+    raw.dataset = raw.dataset.drop_vars("init_loss_a")
+    got = basinscope.compute_llc(raw)
+    first = losses[:, 0].mean()
+    np.testing.assert_allclose(got["llc_a"], 12.0 * (losses.mean() - first), rtol=1e-9)
+    assert got["llc_a"].attrs["reference"] == "first draw"
 
 
 def test_an_observable_named_like_a_variable_takes_nothing_away(store: Path) -> None:
     raw = xr.open_datatree(store, engine="zarr", consolidated=False)
-    raw.dataset = raw.dataset.rename(loss_a="loss_mean", input_ids_a="input_ids_mean")
+    raw.dataset = raw.dataset.rename(
+        loss_a="loss_mean", init_loss_a="init_loss_mean", input_ids_a="input_ids_mean"
+    )
     got = basinscope.compute_llc(raw)
     whole = basinscope.compute_llc(store)
     np.testing.assert_allclose(got["llc_mean"], whole["llc_mean"])
@@ -184,8 +192,9 @@ def test_an_unfinished_store_is_taken_as_far_as_it_is_written(store: Path, tmp_p
     np.testing.assert_allclose(got["llc_scalar"], 12.0 * (both - got["init_loss"]))
     raw = xr.open_datatree(store, engine="zarr", consolidated=False)["loss_a"].to_numpy()
     written = np.concatenate([raw[0], raw[1, :8]]).mean(dtype=np.float64)
-    first = raw[:2, 0].mean(dtype=np.float64)
-    np.testing.assert_allclose(got["llc_a"], 12.0 * (written - first), rtol=1e-9)
+    start = xr.open_datatree(store, engine="zarr", consolidated=False)["init_loss_a"].to_numpy()
+    rise = written - start.mean(dtype=np.float64)
+    np.testing.assert_allclose(got["llc_a"], 12.0 * rise, rtol=1e-9)
 
 
 def test_a_nan_that_was_written_is_not_skipped(store: Path) -> None:

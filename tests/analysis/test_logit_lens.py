@@ -378,6 +378,46 @@ def test_measures_of_other_streams_and_without_the_last() -> None:
         lens.measures(cache, "mlp_out_{i}")
 
 
+def test_the_last_layer_is_the_models_not_the_highest_that_is_there() -> None:
+    model, cache, lens = of("gpt2")
+    assert lens.num_layers == find_unembedding(model).num_layers == 2
+    whole = lens.measures(cache)["kl_to_final"]
+    streams = {name: cache[name].numpy() for name in ("resid_out_0", "resid_out_1")}
+    np.testing.assert_allclose(lens.measures(streams)["kl_to_final"], whole, atol=1e-6)
+    unnamed = cache.to_dataset()[["resid_out_0"]].drop_attrs()
+    for some in ({"resid_out_0": streams["resid_out_0"]}, unnamed):
+        with pytest.warns(UserWarning, match="kl_to_final is left out: it needs resid_out_1; extr"):
+            assert set(lens.measures(some).data_vars) == {"entropy"}
+    unknown = LogitLens(replace(find_unembedding(model), num_layers=None))
+    with pytest.warns(UserWarning, match="kl_to_final is left out: .* how many layers the model"):
+        assert set(unknown.measures(streams).data_vars) == {"entropy"}
+    np.testing.assert_allclose(unknown.measures(cache)["kl_to_final"], whole)
+
+
+@pytest.mark.parametrize("where", ["beside the unembedding", "beside the activations"])
+def test_a_stored_lens_knows_how_many_layers_its_model_has(where: str, tmp_path: Path) -> None:
+    found = find_unembedding(of("gpt2")[0])
+    unembedding = {name: v for name, v in vars(found).items() if v is not None}
+    attrs: dict[str, Any] = {}
+    if where == "beside the activations":
+        attrs = {"model": {"num_layers": unembedding.pop("num_layers")}}
+    stream = np.ones((2, 3, 32), np.float32)
+    with ActivationWriter.create_or_continue(
+        tmp_path / "s.zarr",
+        variables={"resid_out_0": (("example", "position", "d_model"), (3, 32), "float32")},
+        num_examples=2,
+        attrs=attrs,
+        coords={},
+        unembedding=unembedding,
+    ) as writer:
+        writer.append({"resid_out_0": stream})
+        writer.finish()
+    lens = LogitLens.from_store(tmp_path / "s.zarr")
+    assert lens.num_layers == 2
+    with pytest.warns(UserWarning, match="it needs resid_out_1; extract it too"):
+        assert set(lens.measures({"resid_out_0": stream}).data_vars) == {"entropy"}
+
+
 def test_what_is_not_finite_stays_where_it_is() -> None:
     _, cache, lens = of("gpt2")
     dataset = cache.to_dataset().copy(deep=True)
@@ -387,6 +427,43 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
     good = lens.top_tokens(cache, "resid_out_0", 2)
     assert int((top["token"] != good["token"]).sum()) == 2
     assert measured["entropy"].isnull().sum("layer").sum() == 2  # both layers of that position
+
+
+@pytest.mark.parametrize("key", ["resid_out_0", "head_out_L0H1", "head_out_0"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_accuracy_counts_what_is_not_finite_neither_as_right_nor_as_wrong(
+    key: str, bad: float, lazy: bool
+) -> None:
+    _, cache, lens = of("gpt2")
+    dataset = cache.to_dataset().copy(deep=True)
+    dataset["resid_out_0"][1, 3, 0] = dataset["head_out_0"][1, 3, 1, 0] = bad
+    given = dataset.chunk({"example": 1}) if lazy else dataset
+    both = [[(3, 7)] * EXAMPLES, [(7, 3)] * EXAMPLES]
+    name = f"logit_lens_{key}"
+    forth, back = (lens.compute(given, key, p, metric="accuracy")[name].compute() for p in both)
+    good = lens.compute(cache, key, both[0], metric="accuracy")[name]
+    for found in (forth, back):
+        assert found.dtype == np.float32
+        assert np.isnan(found.isel(position=3)).sum() == 1
+        assert np.isnan(found).sum() == 1
+    known = forth.notnull()
+    np.testing.assert_array_equal(forth.where(known), good.where(known))
+    np.testing.assert_allclose((forth + back).to_numpy()[known], 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_shares_of_a_stream_that_is_not_finite_are_not_known(bad: float) -> None:
+    _, cache, lens = of("llama")
+    dataset = cache.to_dataset().copy(deep=True)
+    dataset["last_layernorm_second_moment"][1, 3] = bad
+    name = "logit_lens_mlp_out_0"
+    shares = lens.compute(dataset, "mlp_out_0")[name]
+    assert np.isnan(shares[1, 3]).all()
+    assert int(np.isnan(shares).sum()) == VOCABULARY
+    right = lens.compute(dataset, "mlp_out_0", [(3, 7)] * EXAMPLES, metric="accuracy")[name]
+    assert np.flatnonzero(np.isnan(right)).tolist() == [3]
+    assert lens.top_tokens(dataset, "mlp_out_0", 1)["token"][0, 1, 3].item() == -1
 
 
 # Tuned lenses
@@ -540,6 +617,7 @@ def test_a_stored_lens_is_the_models_and_takes_no_torch(tmp_path: Path) -> None:
     path = tmp_path / "phi.zarr"
     extract_dataset(model, ids, EVERYTHING, output=path)
     stored = LogitLens.from_store(path)
+    assert open_activations(path)["unembedding"].attrs["num_layers"] == stored.num_layers == 2
     for key in ("resid_out_{i}", "head_out_L{i}H{j}"):
         found = stored.compute(path, key).compute()
         xr.testing.assert_allclose(found, lens.compute(path, key).compute(), atol=1e-6)
@@ -639,6 +717,15 @@ def test_tensors_in_a_dict(dtype: torch.dtype) -> None:
         lens.compute(given, "resid_out_{i}"), lens.compute(expected, "resid_out_{i}")
     )
     xr.testing.assert_identical(lens.measures(given), lens.measures(expected))
+
+
+def test_a_narrower_embedding_in_a_dict_leaves_the_rest_as_it_is() -> None:
+    _, cache, lens = of("gpt2")
+    kept = {name: cache[name] for name in ("embed", "resid_out_0", "resid_out_1", "input_ids")}
+    narrow = {**kept, "embed": kept["embed"][..., :3]}
+    xr.testing.assert_identical(
+        lens.compute(narrow, "resid_out_{i}"), lens.compute(kept, "resid_out_{i}")
+    )
 
 
 def test_no_examples_give_no_logits() -> None:

@@ -198,6 +198,21 @@ def test_arrays_of_other_sizes_get_dims_of_their_own(tmp_path: Path) -> None:
     assert tree["logits"].dims == tuple(f"logits_dim_{i}" for i in range(3))
 
 
+@pytest.mark.parametrize("order", [("embed", "resid_out_0"), ("resid_out_0", "embed")])
+def test_an_embedding_of_another_width_leaves_the_stream_its_axis(
+    order: tuple[str, ...], tmp_path: Path
+) -> None:
+    shapes = {"embed": (2, 3, 8), "resid_out_0": (2, 3, 4)}
+    arrays = {name: np.ones(shapes[name]) for name in order}
+    assert list(sources_of(arrays)[0]) == list(order)
+    save(tmp_path, activations=arrays)
+    tree, _ = loader(tmp_path).query().load()
+    assert tree["embed"].dims == ("example", "position", "d_embed")
+    assert tree["resid_out_0"].dims == ("example", "position", "d_model")
+    save(tmp_path, activations={"embed": np.ones((2, 3, 8))})
+    assert loader(tmp_path).query().load()[0]["embed"].dims[-1] == "d_model"
+
+
 NO_ARRAYS = [{"a": 1}, "text", None, [[1, 2], [3]], [object()], 1j, np.array(["a"])]
 
 
@@ -237,6 +252,17 @@ def test_metadata_may_be_objects(tmp_path: Path) -> None:
     assert len(loader(tmp_path).query()) == 1
 
 
+class Loaded(torch.nn.Module):
+    """A model that one can call, with a name or without."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(name_or_path=name)
+
+    def forward(self, name: str) -> bool:
+        raise AssertionError("the model was run on its name")
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [
@@ -244,15 +270,20 @@ def test_metadata_may_be_objects(tmp_path: Path) -> None:
         (SimpleNamespace(name_or_path="a", config=SimpleNamespace(name_or_path="b")), "a"),
         (SimpleNamespace(name_or_path="", config=SimpleNamespace(name_or_path="b")), "b"),
         (torch.nn.Linear(1, 1), "Linear"),
+        (SimpleNamespace(cfg=SimpleNamespace(model_name="gpt2")), "gpt2"),
+        (Loaded("org/loaded"), "org/loaded"),
+        (Loaded(""), "Loaded"),
         ("./local/model", "./local/model"),
     ],
 )
 def test_a_model_is_named(model: Any, name: str, tmp_path: Path) -> None:
     path = save(tmp_path, model=model)
+    save(tmp_path, model="other")
     assert not path.parent.name.startswith(".")
     assert path.parent.parent.parent == tmp_path
-    (run,) = loader(tmp_path).query(model_name=name)
-    assert run.metadata["model_name"] == name
+    for wanted in (name, model, lambda found: found == name):
+        (run,) = loader(tmp_path).query(model_name=wanted)
+        assert run.metadata["model_name"] == name
 
 
 def test_filters_are_values_or_functions(tmp_path: Path) -> None:

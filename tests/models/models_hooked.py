@@ -42,6 +42,9 @@ class HookedTransformer(nn.Module):
         self.ln_final = _module(w=(HIDDEN,), b=(HIDDEN,))
         self.unembed = _module(W_U=(HIDDEN, VOCABULARY), b_U=(VOCABULARY,))
 
+    def forward(self, input_ids: torch.Tensor, return_type: str = "logits") -> torch.Tensor:
+        raise NotImplementedError
+
 
 def _attention(groups: int | None) -> nn.Module:
     own = {

@@ -233,6 +233,55 @@ def test_a_layer_that_adds_nothing_is_no_reason_to_fail() -> None:
     assert torch.equal(cache["resid_in_0"], cache["resid_out_0"])
 
 
+@pytest.mark.parametrize("name", ["gemma2", "granite", "gpt2", "llama", "mixtral", "olmo2"])
+def test_a_model_that_was_empty_at_first_is_read_as_any_other(name: str) -> None:
+    """Output projections are often zero at initialisation."""
+    model = tiny(name)
+    trained = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("o_proj", "down_proj", "c_proj")):
+                parameter.zero_()
+    empty = extract(model, ids(), config(*PARTS))
+    assert not any(empty[key].any() for key in ("attn_out_0", "head_out_0", "mlp_out_0"))
+    model.load_state_dict(trained)
+    cache = extract(model, ids(), config(*PARTS))
+    expected = extract(copy.deepcopy(model), ids(), config(*PARTS))
+    assert cache["attn_out_0"].abs().max() > 1e-3
+    for key in cache:
+        assert torch.equal(cache[key], expected[key])
+    stream = cache["resid_in_1"] + cache["attn_out_1"] + cache["mlp_out_1"]
+    torch.testing.assert_close(stream, cache["resid_out_1"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "olmo2"])
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_heads_that_are_all_zero_behind_a_norm_have_no_share(
+    name: str, positions: Any, dtype: torch.dtype
+) -> None:
+    model = tiny(name).to(dtype)
+    zeros = [Intervention("zero", f"head_out_L0H{head}", positions) for head in range(4)]
+    cache = extract(model, ids(), config("head_out", "attn_out"), zeros)
+    assert not cache["head_out_0"][:, -1].any()
+    assert cache["head_out_0"][:, 0].any() == (positions == "last")
+    if dtype == torch.float32:
+        for layer in range(2):
+            shares = cache[f"head_out_{layer}"].sum(-2)
+            torch.testing.assert_close(shares, cache[f"attn_out_{layer}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_embedding_of_another_width_has_an_axis_of_its_own(first: bool) -> None:
+    model = tiny("opt", word_embed_proj_dim=8, do_layer_norm_before=first)
+    cache = extract(model, ids(), config("embed", "resid_in"))
+    assert cache["embed"].shape == (3, LENGTH, 8)
+    assert cache.dims["embed"] == ("example", "position", "d_embed")
+    assert cache.to_dataset()["resid_in_0"].sizes["d_model"] == 16
+    assert extract(model, ids(), config("embed")).dims["embed"][-1] == "d_embed"
+    assert extract(tiny("opt"), ids(), config("embed")).dims["embed"][-1] == "d_model"
+
+
 def test_a_module_that_two_layers_share_is_not_read_for_one_of_them() -> None:
     model = tiny("llama")
     layers: Any = model.get_submodule("model.layers")

@@ -13,6 +13,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from basinscope.analysis.attribution import AttributionStore
+from basinscope.io.attributions import AttributionWriter
 from basinscope.io.attributions_layout import METRICS
 from basinscope.report.attribution_figures import (
     BLUE,
@@ -22,7 +23,13 @@ from basinscope.report.attribution_figures import (
     strongest,
 )
 from basinscope.report.attribution_page import attribution_page
-from tests.io.attributions_random import random_store
+from tests.io.attributions_random import (
+    count_shapes,
+    metadata_of,
+    random_store,
+    random_sums,
+    shapes_of,
+)
 
 
 class Odd:
@@ -70,6 +77,40 @@ def test_embed_has_no_sources_and_output_no_targets(store: AttributionStore) -> 
         signed_bars(store, "output:3", metric="attr_abs")
     with pytest.raises(ValueError, match="no layer of this store"):
         signed_bars(store, "9.mlp.up:3")
+
+
+def test_the_edges_of_a_store_decide_the_sides(tmp_path: Path) -> None:
+    store = AttributionStore(narrow_store(tmp_path / "s.zarr"))
+    only_target, only_source, neither = "1.mlp.up:2", "0.mlp.up:2", "0.attn.q:2"
+    for key, side in ((only_target, "sources"), (only_source, "targets")):
+        found = strongest(store, key, k=3, metric="attr", normalize=None)
+        assert list(found) == [side]
+        assert found[side]
+        assert [axes.get_title("left") for axes in signed_bars(store, key).axes] == [side]
+    page = attribution_page(store, tmp_path / "page.html", [only_target, only_source])
+    assert page.read_text().count("<section>") == 3
+    with pytest.raises(
+        ValueError, match=r"'0\.attn\.q' is neither source nor target of this store"
+    ):
+        attribution_page(store, tmp_path / "no.html", [neither])
+    message = r"'x' is no layer of this store: its sources are 0\.mlp\.up, its targets 1\.mlp\.up"
+    with pytest.raises(ValueError, match=message):
+        signed_bars(store, "x:0")
+    with pytest.raises(ValueError, match=r"no layer of this store: did you mean 1\.mlp\.up or"):
+        signed_bars(store, "1.mpl.up:0")
+    assert not (tmp_path / "no.html").exists()
+
+
+def narrow_store(path: Path) -> Path:
+    """A store of one edge, 0.mlp.up to 1.mlp.up, of a harvest that knew all layers."""
+    edges = [("1.mlp.up", "0.mlp.up")]
+    sums, counts = random_sums(np.random.default_rng(3), edges=edges)
+    with AttributionWriter.create_or_continue(
+        path, metadata=metadata_of(), edges=shapes_of(edges), counts=count_shapes()
+    ) as writer:
+        writer.save(sums, counts, tokens=100, batches_done=3)
+        writer.finish()
+    return path
 
 
 def test_labels_name_what_values_are_divided_by(store: AttributionStore, tmp_path: Path) -> None:

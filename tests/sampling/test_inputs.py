@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
 
+import basinscope
 from basinscope.io.store import SampleStore
 from basinscope.sampling.config import REQUIRED, RMSPROP_DEFAULTS, SamplerConfig
 from basinscope.sampling.job import next_token_loss
@@ -208,7 +210,7 @@ def test_quantised_weights_are_named(refused: Refused) -> None:
     model = RawModel()
     model.head.weight = nn.Parameter(torch.zeros(40, 12, dtype=torch.int8), requires_grad=False)
     with refused(ValueError, "'head.weight'", "torch.int8", "quantised", "bfloat16") as call:
-        call(model)
+        call(model, param_masks={"embed.weight": None, "head.weight": None})
 
 
 def test_a_model_that_returns_no_logits(refused: Refused) -> None:
@@ -337,7 +339,46 @@ def test_ids_that_only_the_model_itself_finds_too_large(refused: Refused) -> Non
         call(TwoEmbeddings(), dataset=rows(*[[50] * 9] * 8), observables={})
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "hooked"])
+def test_a_data_set_that_is_transformed_when_read(refused: Refused) -> None:
+    changed = token_rows(48, 9, 1).with_transform(lambda rows: {"input_ids": [[7] * 9]})
+    with refused(ValueError, "dataset has a transform", "dataset.map") as call:
+        call(dataset=changed)
+
+
+def test_padding_is_said_to_count(tmp_path: Path) -> None:
+    mask = [[1] * 5 + [0] * 4] * 48
+    padded = token_rows(48, 9, 1).with_format(None).add_column("attention_mask", mask)
+    with pytest.warns(UserWarning, match="dataset has an attention_mask with zeros"):
+        sample(RawModel(), padded, {}, **GOOD, output_path=tmp_path / "s.zarr")
+    whole = padded.remove_columns("attention_mask").add_column("attention_mask", [[1] * 9] * 48)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(RawModel(), whole, {}, **GOOD, output_path=tmp_path / "t.zarr")
+
+
+def test_a_tied_parameter_goes_by_its_first_name(refused: Refused) -> None:
+    first = r"tied to 'transformer.wte.weight'"
+    with refused(ValueError, "'lm_head.weight'", first, "one tensor") as call:
+        call(tiny_model("gpt2"), param_masks={"lm_head.weight": None})
+    with pytest.raises(ValueError, match=first):
+        basinscope.create_param_masks(tiny_model("gpt2"), "lm_head.weight")
+
+
+def test_weights_without_values(refused: Refused) -> None:
+    with torch.device("meta"):
+        model = RawModel()
+    with refused(ValueError, "meta device", "embed.weight", "without offloading") as call:
+        call(model)
+
+
+def test_longer_sequences_than_a_rotary_model_was_trained_on(tmp_path: Path) -> None:
+    tree = sample(
+        tiny_model("gpt_neox"), token_rows(8, 17, 1), {}, **GOOD, output_path=tmp_path / "s.zarr"
+    )
+    assert tree.sizes["token_pos"] == 16
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "hooked"])
 def test_sequences_longer_than_the_model_s_positions(kind: str, refused: Refused) -> None:
     with refused(ValueError, "17 tokens", "at most 16", "max_length=16") as call:
         call(tiny_model(kind), dataset=token_rows(8, 17, 1), observables={})

@@ -201,7 +201,7 @@ def test_observables_see_the_weights_after_the_update(tmp_path: Path) -> None:
     tree = run(tmp_path, observables=observables, loss_fn=spy, num_chains=1, num_draws=2)
     model = tiny_model("raw")
     for draw in range(2):
-        at = spy.seen[1 + 3 + draw * 3 + 1]  # the check, 3 initial batches; then step, 2 batches
+        at = spy.seen[1 + 2 + 3 + draw * 3 + 1]  # check, start (2 + 3); step, 2 batches
         model.load_state_dict(at)
         ids = torch.from_numpy(tree.input_ids_first.to_numpy().astype(np.int64))
         expected = torch.cat([next_token_loss(model, part) for part in ids.split(4)])
@@ -556,6 +556,16 @@ def RawModelLike(model: RawModel, dropout: float) -> RawModel:
     same = RawModel(dropout)
     same.load_state_dict(model.state_dict())
     return same
+
+
+def test_observables_are_evaluated_at_the_checkpoint_too(tmp_path: Path) -> None:
+    model = tiny_model("gpt_neox")
+    tree = run(tmp_path, model, init_noise=0.5)
+    ids = torch.from_numpy(tree.input_ids_first.to_numpy().astype(np.int64))
+    with torch.no_grad():
+        expected = next_token_loss(model, ids)
+    assert tree.init_loss_first.dims == ("batch_first", "token_pos")
+    torch.testing.assert_close(torch.from_numpy(tree.init_loss_first.to_numpy()), expected)
 
 
 def run(tmp_path: Path, model: nn.Module | None = None, **changes: Any) -> xr.DataTree:
