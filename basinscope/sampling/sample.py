@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import numbers
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +32,7 @@ from basinscope.io.writer import BackgroundWriter
 from basinscope.kernels.linear import uses_onednn
 from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
+from basinscope.sampling.execution import Execution, check_execution
 from basinscope.sampling.identity import moved_elements
 from basinscope.sampling.init_loss import init_losses, observed_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("basinscope")
 
-COPIES_BYTES = 64 * 2**20  # largest model that several chains get copies of by themselves
 PREFIX_CACHE_BYTES = 2**30
 TEMPORARY_WORK = 1000  # sampled sequences beyond which losing a temporary store deserves a warning
 
@@ -251,39 +250,20 @@ def sample(
         autocast=autocast,
         loss_keep_bits=loss_keep_bits,
     )
-    workers = _count("workers", workers)
-    if not isinstance(prefix_cache_bytes, numbers.Integral) or prefix_cache_bytes < 0:
-        raise ValueError(
-            f"prefix_cache_bytes must be a number of bytes, 0 or more; got {prefix_cache_bytes!r}"
-        )
-    if chains_at_once is not None:
-        chains_at_once = _count("chains_at_once", chains_at_once)
-    if checkpoint_every is not None:
-        checkpoint_every = _count("checkpoint_every", checkpoint_every)
-    asked = _check_chains(chains, config.num_chains)
-    if profile is not None and (workers > 1 or (chains_at_once or 1) > 1):
-        raise ValueError("profile= traces one chain: use it with workers=1 and chains_at_once=1")
-    if train_mode and (chains_at_once or 1) > 1:
-        raise ValueError(
-            "train_mode=True draws dropout from torch's one generator, which chains in threads "
-            f"would share: use workers={chains_at_once} in place of chains_at_once"
-        )
-
-    if cuda_graph and (train_mode or loss_fn is not None or profile is not None):
-        raise ValueError(
-            "cuda_graph=True replays one recording of the model's own loss: use it without "
-            "train_mode, loss_fn and profile"
-        )
-
-    path = None if output_path is None else local_path(output_path)
-    if path is not None and _is_taken(path):
-        raise FileExistsError(
-            f"{path} exists and is not a sampling store; it is left as it is. "
-            "Choose another output_path"
-        )
-    trace = None if profile is None else local_path(profile, "a profile")
-    for made in filter(None, (path, trace)):
-        require_place(made)
+    execution = check_execution(
+        config,
+        own_loss=loss_fn is not None,
+        chains=chains,
+        chains_at_once=chains_at_once,
+        workers=workers,
+        checkpoint_every=checkpoint_every,
+        cuda_graph=cuda_graph,
+        prefix_cache_bytes=prefix_cache_bytes,
+        profile=profile,
+        profile_steps=profile_steps,
+        progress=progress,
+    )
+    path = None if output_path is None else _checked_place(output_path)
     job = prepare_job(
         model,
         dataset,
@@ -295,15 +275,11 @@ def sample(
     )
     if cuda_graph and job.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {job.device}")
-    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=int(prefix_cache_bytes))
+    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=execution.prefix_cache_bytes)
     settings = job.settings()
-    if path is not None and is_store(path):
-        store = SampleStore(path)
-        stored = store.attributes.get("metadata", {}).get("config", {})
-        require_same_settings(path, stored, settings)
-        if store.attributes.get("completed") == 1:
-            logger.info("%s is complete and has these settings: nothing to sample", path)
-            return open_store(path)
+    if path is not None and is_store(path) and _is_complete(path, settings):
+        logger.info("%s is complete and has these settings: nothing to sample", path)
+        return open_store(path)
 
     warn_about_rounding(job)
     with (
@@ -312,80 +288,21 @@ def sample(
         stop_on_signals() as stop,
         torch.random.fork_rng(devices=cuda_devices(job.device)),
     ):
-        working = working_copy(job)
-        if loss_fn is None:
-            few = job.token_ids(job.batch_rows(0)[0][:1])[:, :PROBE_TOKENS]
-            job = replace(job, head=head_or_none(working, few))
-        _check_loss(job, working)
-        path = path or _temporary_path(config)
-        if is_store(path):
-            store = SampleStore(path)
-        else:
-            attributes = _attributes(job, settings)
-            arrays = job.arrays()
-            store = SampleStore.create(path, arrays, attributes, num_chains)
-        todo = [chain for chain in store.unfinished() if chain in asked]
-        tokens = config.gradient_accumulation_steps * config.batch_size * (job.sequence_length - 1)
-        with show_progress(todo, config.num_steps, config.num_draws, tokens, progress) as report:
-            _write_inputs(job, store, working, todo, stop)
-            if workers > 1 and len(todo) > 1:
-                del working
-                run_in_workers(
-                    job,
-                    path,
-                    todo,
-                    min(workers, len(asked)),
-                    checkpoint_every=checkpoint_every,
-                    stop=stop,
-                    report=report,
-                )
-            else:
-                run_chains(
-                    job,
-                    working,
-                    store,
-                    todo,
-                    checkpoint_every=checkpoint_every,
-                    stop=stop,
-                    report=report,
-                    at_once=min(len(asked), chains_at_once or _usual_chains_at_once(job, profile)),
-                    profile=trace,
-                    profile_steps=profile_steps,
-                )
-        store.finish()
+        store = _run(job, settings, path, execution, stop)
     _warn_about_failures(store)
-    return read_store(path)
+    return read_store(store.path)
 
 
-def _usual_chains_at_once(job: SamplingJob, profile: Any) -> int:
-    """Give how many chains a CPU should run side by side.
-
-    One thread per chain beats many threads per operation: nothing waits. Dropout draws from
-    torch's one generator, and a caller's loss may keep state, so those run alone.
-    """
-    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
-    alone = job.device.type != "cpu" or job.loss_fn is not None or job.config.train_mode
-    if alone or profile is not None or size > COPIES_BYTES:
-        return 1
-    return torch.get_num_threads()
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
-    return int(value)
-
-
-def _check_chains(chains: Sequence[int] | None, num_chains: int) -> set[int]:
-    if chains is None:
-        return set(range(num_chains))
-    asked = set(chains) if isinstance(chains, Iterable) else set()
-    if not asked or asked - set(range(num_chains)):
-        raise ValueError(
-            f"chains must name some of 0 to {num_chains - 1} (num_chains={num_chains}); "
-            f"got {chains!r}"
+def _checked_place(output_path: str | os.PathLike[str]) -> Path:
+    """Give the path of the store; refuse one that holds something else, or cannot hold a store."""
+    path = local_path(output_path)
+    if _is_taken(path):
+        raise FileExistsError(
+            f"{path} exists and is not a sampling store; it is left as it is. "
+            "Choose another output_path"
         )
-    return asked
+    require_place(path)
+    return path
 
 
 def _is_taken(path: Path) -> bool:
@@ -395,6 +312,67 @@ def _is_taken(path: Path) -> bool:
     return not path.is_dir() or any(path.iterdir())
 
 
+def _is_complete(path: Path, settings: dict[str, Any]) -> bool:
+    """Refuse a store of other settings; say whether nothing is left to sample."""
+    attributes = SampleStore(path).attributes
+    require_same_settings(path, attributes.get("metadata", {}).get("config", {}), settings)
+    return bool(attributes.get("completed") == 1)
+
+
+def _run(
+    job: SamplingJob,
+    settings: dict[str, Any],
+    path: Path | None,
+    execution: Execution,
+    stop: StopRequest,
+) -> SampleStore:
+    """Sample the chains that are missing, into a store that is made here if there is none."""
+    config = job.config
+    working = working_copy(job)
+    if job.loss_fn is None:
+        few = job.token_ids(job.batch_rows(0)[0][:1])[:, :PROBE_TOKENS]
+        job = replace(job, head=head_or_none(working, few))
+    _check_loss(job, working)
+    path = path or _temporary_path(config)
+    if is_store(path):
+        store = SampleStore(path)
+    else:
+        attributes = _attributes(job, settings)
+        store = SampleStore.create(path, job.arrays(), attributes, config.num_chains)
+    todo = [chain for chain in store.unfinished() if chain in execution.chains]
+    tokens = config.gradient_accumulation_steps * config.batch_size * (job.sequence_length - 1)
+    with show_progress(
+        todo, config.num_steps, config.num_draws, tokens, execution.progress
+    ) as report:
+        _write_inputs(job, store, working, todo, stop)
+        if execution.workers > 1 and len(todo) > 1:
+            del working
+            run_in_workers(
+                job,
+                path,
+                todo,
+                min(execution.workers, len(execution.chains)),
+                checkpoint_every=execution.checkpoint_every,
+                stop=stop,
+                report=report,
+            )
+        else:
+            run_chains(
+                job,
+                working,
+                store,
+                todo,
+                checkpoint_every=execution.checkpoint_every,
+                stop=stop,
+                report=report,
+                at_once=execution.at_once(job),
+                profile=execution.profile,
+                profile_steps=execution.profile_steps,
+            )
+    store.finish()
+    return store
+
+
 def _temporary_path(config: SamplerConfig) -> Path:
     work = config.num_chains * config.num_steps * config.batch_size
     path = Path(tempfile.mkdtemp(prefix="basinscope-")) / "samples.zarr"
@@ -402,7 +380,7 @@ def _temporary_path(config: SamplerConfig) -> Path:
         warnings.warn(
             f"no output_path was given: {work} sampled sequences go to the temporary store {path}, "
             "which your system may delete; pass output_path='samples.zarr' to keep them",
-            stacklevel=3,
+            stacklevel=4,
         )
     return path
 
@@ -469,7 +447,7 @@ def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind:
             f"a parameter without one does not move, noise included: {', '.join(without[:5])}"
             f"{', ...' if len(without) > 5 else ''}. If they are unused, leave them out "
             "(param_masks)",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
