@@ -148,7 +148,7 @@ def sampling_arrays(
             (batch, dims.TOKEN_POS),
             (sequences, tokens),
             "float32",
-            (sequences, tokens),
+            (max(1, min(sequences, SHARD_BYTES // (4 * tokens))), tokens),
             attrs={"long_name": f"loss on {obs_id} at the checkpoint", "units": "nats"},
         )
         arrays[f"input_ids_{obs_id}"] = _integers(

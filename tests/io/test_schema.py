@@ -37,8 +37,10 @@ ALWAYS = {
     ),
     "sampling_rows": (("step", "batch_sampling"), (12, 8), "uint8"),
     "loss_pile": (("chain", "draw", "batch_pile", "token_pos"), (3, 5, 8, 8), "float32"),
+    "init_loss_pile": (("batch_pile", "token_pos"), (8, 8), "float32"),
     "input_ids_pile": (("batch_pile", "token"), (8, 9), "uint16"),
     "loss__2nd": (("chain", "draw", "batch__2nd", "token_pos"), (3, 5, 16, 8), "float32"),
+    "init_loss__2nd": (("batch__2nd", "token_pos"), (16, 8), "float32"),
     "input_ids__2nd": (("batch__2nd", "token"), (16, 9), "uint16"),
 }
 OWN_ROWS = {"sampling_rows": (("chain", "step", "batch_sampling"), (3, 12, 8), "uint8")}
@@ -100,7 +102,9 @@ def test_metrics_keep_the_order_of_the_specification() -> None:
 
 def test_no_observables_is_a_store_of_sampling_losses() -> None:
     arrays = sampling_arrays(**{**BASE, "observables": {}})
-    assert set(arrays) == {n for n in ALWAYS if not n.startswith(("loss_", "input_ids_"))}
+    assert set(arrays) == {
+        n for n in ALWAYS if not n.startswith(("loss_", "init_loss_", "input_ids_"))
+    }
 
 
 @pytest.mark.parametrize(
@@ -150,8 +154,10 @@ def test_files_and_chunks_stay_within_their_bounds(given_sizes: dict[str, Any]) 
         assert all(chunk >= 1 for chunk in spec.chunks), name
         if spec.shards is not None:
             assert all(s % c == 0 for s, c in zip(spec.shards, spec.chunks, strict=True)), name
-        if "loss" in name and name != "init_loss":
+        if "loss" in name and not name.startswith("init_loss"):
             check_loss_array(name, spec)
+        if name.startswith("init_loss_"):
+            assert 4 * math.prod(spec.chunks) <= 32 * MIB, name
         if name.startswith("metrics_"):
             assert spec.chunks[0] == 1, name
             assert spec.rows_per_write <= 1000, name
