@@ -67,6 +67,7 @@ def test_a_loss_of_the_original_is_refused(how: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not depend on the weights of the model it is given"):
         run(tmp_path, model, loss_fn=loss_fn)
     assert not list(tmp_path.iterdir())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_parameters_without_a_gradient_are_named(tmp_path: Path) -> None:
@@ -141,6 +142,15 @@ def test_checkpointed_layers_are_recomputed_from_where_they_were_entered(tmp_pat
         found.append(run(tmp_path / str(again), model))
     np.testing.assert_allclose(found[1].metrics_scaled_grad, found[0].metrics_scaled_grad, 1e-5)
     np.testing.assert_allclose(found[1].loss_first, found[0].loss_first, 1e-5)
+
+
+def test_reentrant_checkpoints_can_be_sampled(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    tree = run(tmp_path, model, train_mode=True)
+    plain = run(tmp_path / "plain", tiny_model("llama"), train_mode=True)
+    np.testing.assert_allclose(tree.loss_first, plain.loss_first, 1e-5)
 
 
 class Handing(Layered):
