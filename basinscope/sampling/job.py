@@ -27,6 +27,9 @@ PROBE_TOKENS = 16  # of one sequence, with which a model is tried out
 # tokens that one forward without gradients takes: what fills the device, less where logits count
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 2**16}
 LOGITS_TOKENS = {"cpu": 2048, "cuda": 2**14}
+# on a CPU a small model's forward takes more, for it costs more than its arithmetic
+SMALL_WORK = 2**28  # tokens times weights, up to which more tokens pay
+SMALL_TOKENS = 8192
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
 ParamMasks = Mapping[str, Tensor | None]
@@ -92,6 +95,9 @@ class SamplingJob:
             return None
         tokens = FORWARD_TOKENS if self.head else LOGITS_TOKENS
         most = tokens.get(self.device.type, tokens["cpu"])
+        if self.head and self.device.type == "cpu":
+            weights = sum(parameter.numel() for parameter in self.model.parameters())
+            most = max(most, min(SMALL_TOKENS, SMALL_WORK // weights))
         return max(self.config.batch_size, most // self.sequence_length)
 
     def batch_rows(self, chain: int) -> np.ndarray:
