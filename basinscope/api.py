@@ -207,11 +207,11 @@ def susceptibilities(
         )
     if client is not None and output_path is None:
         raise ValueError("with a client the workers write stores: give output_path")
-    reference = weight_restrictions["full"]
-    if isinstance(reference, str) and reference.strip().lower() != "full":
+    reference = weight_restrictions[FULL]
+    if isinstance(reference, str) and reference.strip().lower() != FULL:
         raise ValueError(
-            f"'full' is the run that moves every weight; got the restriction {reference!r} for it: "
-            f"give that another name, and 'full': 'full'"
+            f"{FULL!r} is the run that moves every weight; got the restriction {reference!r} for "
+            f"it: give that another name, and {FULL!r}: {FULL!r}"
         )
     masks = {name: _masks_of(model, wanted) for name, wanted in weight_restrictions.items()}
     arguments = (model, dataset, observables)

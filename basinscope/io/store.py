@@ -26,7 +26,7 @@ import zarr
 import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
-from basinscope.io.chunked import read_attributes, replace_attributes
+from basinscope.io.chunked import replace_attributes
 from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path
 from basinscope.io.locks import lock_directory
@@ -307,7 +307,7 @@ class SampleStore:
     def update_record(self, chain: int, **fields: Any) -> None:
         """Replace some fields of one chain's record, atomically and for good."""
         directory = self.path / "chains" / str(chain)
-        replace_attributes(directory, {**read_attributes(directory), **fields})
+        replace_attributes(directory, {**self.record(chain), **fields})
 
     def unfinished(self) -> list[int]:
         """List the chains that are neither done nor failed."""
@@ -359,7 +359,7 @@ class SampleStore:
             "failed_chains": [c for c, r in records.items() if r["state"] == FAILED],
             "seconds": total_seconds(records),
         }
-        replace_attributes(self.path, {**read_attributes(self.path), **final})
+        replace_attributes(self.path, {**self.attributes, **final})
         return True
 
     def remove_litter(self, chain: int) -> None:

@@ -147,12 +147,15 @@ class SgldUpdate:
         _check_settings(lr, noise_level, bounding_box_size, alpha, eps)
         _check_params(self.params)
         _check_rounding(rounding, self.params)
-        if anchors is None and (localization or bounding_box_size is not None or metrics):
+        measured = bool(localization) or bounding_box_size is not None or metrics
+        if anchors is None and measured:
             raise ValueError(
                 "localization, a bounding box and metrics measure the distance from anchors, "
                 "and none were given; pass anchors=[w0 of each parameter]"
             )
         kept_anchors = None if anchors is None else _checked_anchors(anchors, self.params)
+        if not measured:  # they would be read for nothing
+            kept_anchors = None
         kept_masks = _checked_masks(masks, self.params)
         streams = _checked_streams(param_indices, len(self.params))
         self.path = paths.resolve(path, self.params[0].device.type)

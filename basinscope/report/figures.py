@@ -186,10 +186,11 @@ def _shift(tree: xr.DataTree, name: str) -> tuple[np.ndarray, str]:
 
     opened = open_samples(tree)
     losses = opened.dataset[f"loss_{name}"].isel(chain=list(opened.places))
-    start, called = losses.isel(draw=0).mean("chain", dtype="float64"), "the first draw"
     if f"init_loss_{name}" in opened.dataset:
         start, called = opened.dataset[f"init_loss_{name}"], "the checkpoint"
         start = start.astype("float64").mean(start.dims[:-2])
+    else:
+        start, called = losses.isel(draw=0).mean("chain", dtype="float64"), "the first draw"
     means = xr.Dataset({"draws": losses.mean(["chain", "draw"], dtype="float64"), "start": start})
     means = means.compute()
     return means["draws"].values - means["start"].values, called

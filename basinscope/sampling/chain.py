@@ -33,7 +33,6 @@ from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonF
 from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.layers import quicken_linears
-from basinscope.sampling.observables import ObservableEvaluator
 from basinscope.sampling.phases import PhaseClock, StepProfiler
 from basinscope.sampling.prefix import PrefixCache, prefix_cache
 from basinscope.sampling.replay import Replayed, own_stream
@@ -97,8 +96,8 @@ def run_chains(
                 return
             runner.run(chain)
 
-    others = [working_copy(job) for _ in range(min(at_once, len(chains)) - 1)]
     try:
+        others = [working_copy(job) for _ in range(min(at_once, len(chains)) - 1)]
         with _threads(max(1, torch.get_num_threads() // at_once)) as threads:
             if others:
                 _side_by_side(work, [model, *others], threads, stop)
@@ -190,11 +189,9 @@ class ChainRunner:
         self.anchors = [anchors[name].to(job.device).contiguous() for name in job.masks]
         self.masks = list(job.masks.values())
         self.indices = [order[name] for name in job.masks]
-        measured = config.localization or config.bounding_box_size is not None
-        measured = measured or config.save_metrics
         self.update = SgldUpdate(
             [p.detach() for p in self.parameters],
-            anchors=self.anchors if measured else None,
+            anchors=self.anchors,
             masks=self.masks,
             param_indices=self.indices,
             lr=config.lr,
@@ -210,14 +207,7 @@ class ChainRunner:
             eps=config.rmsprop.get("eps"),
         )
         self.pool = job.pool.to(job.device)
-        self.observe = ObservableEvaluator(
-            job.observables,
-            job.loss,
-            batch_size=config.batch_size,
-            per_forward=job.sequences_per_forward,
-            around=prefix.observing if prefix else None,
-            device=job.device,
-        )
+        self.observe = job.evaluator(around=prefix.observing if prefix else None)
 
     def run(self, chain: int) -> None:
         """Run a chain from its start or its checkpoint.

@@ -50,6 +50,11 @@ class Execution:
     profile_steps: tuple[int, int]
     progress: bool | None
 
+    @property
+    def processes(self) -> int:
+        """Worker processes that share the threads, however many chains are left."""
+        return min(self.workers, len(self.chains))
+
     def at_once(self, job: SamplingJob) -> int:
         """Chains that run side by side in threads.
 

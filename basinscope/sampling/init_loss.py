@@ -10,7 +10,6 @@ from basinscope.sampling.chain import perturb
 from basinscope.sampling.interrupt import StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.layers import quicken_linears
-from basinscope.sampling.observables import ObservableEvaluator
 
 
 def init_losses(
@@ -54,14 +53,8 @@ def observed_losses(job: SamplingJob, model: nn.Module) -> dict[str, np.ndarray]
     """
     quicken_linears(model)
     torch.manual_seed(job.config.init_seed)
-    evaluate = ObservableEvaluator(
-        job.observables,
-        job.loss,
-        batch_size=job.config.batch_size,
-        per_forward=job.sequences_per_forward,
-        device=job.device,
-    )
-    return {obs_id: losses.cpu().numpy() for obs_id, losses in evaluate(model).items()}
+    found = job.evaluator()(model)
+    return {obs_id: losses.cpu().numpy() for obs_id, losses in found.items()}
 
 
 def _mean_loss(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest) -> np.ndarray:

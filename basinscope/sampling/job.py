@@ -20,7 +20,12 @@ from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
 from basinscope.sampling.identity import describe_loss, describe_masks, describe_model, digest_of
 from basinscope.sampling.losses import next_token_loss
-from basinscope.sampling.observables import Observable, read_observables
+from basinscope.sampling.observables import (
+    Around,
+    Observable,
+    ObservableEvaluator,
+    read_observables,
+)
 
 PROBE_TOKENS = 16  # of one sequence, with which a model is tried out
 
@@ -99,6 +104,17 @@ class SamplingJob:
             weights = sum(parameter.numel() for parameter in self.model.parameters())
             most = max(most, min(SMALL_TOKENS, SMALL_WORK // weights))
         return max(self.config.batch_size, most // self.sequence_length)
+
+    def evaluator(self, around: Around | None = None) -> ObservableEvaluator:
+        """What evaluates the observables; see there for `around`."""
+        return ObservableEvaluator(
+            self.observables,
+            self.loss,
+            batch_size=self.config.batch_size,
+            per_forward=self.sequences_per_forward,
+            device=self.device,
+            around=around,
+        )
 
     def batch_rows(self, chain: int) -> np.ndarray:
         """Data set rows of every batch of one epoch in a chain's order, (batches, batch_size)."""

@@ -345,13 +345,13 @@ def _run(
         todo, config.num_steps, config.num_draws, tokens, execution.progress
     ) as report:
         _write_inputs(job, store, working, todo, stop)
-        if execution.workers > 1 and len(todo) > 1:
+        if execution.processes > 1 and todo:
             del working
             run_in_workers(
                 job,
                 path,
                 todo,
-                min(execution.workers, len(execution.chains)),
+                execution.processes,
                 checkpoint_every=execution.checkpoint_every,
                 stop=stop,
                 report=report,

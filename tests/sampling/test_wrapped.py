@@ -258,8 +258,9 @@ def test_buffers_that_a_model_makes_on_the_way(
     assert caching.largest.shape == (1, 1)
 
 
+@pytest.mark.parametrize("how", ["chains_at_once", "workers"])
 def test_a_resumed_chain_has_the_threads_that_it_would_have_had(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
     monkeypatch.setattr(SampleStore, "unfinished", lambda self: [2])
@@ -267,7 +268,7 @@ def test_a_resumed_chain_has_the_threads_that_it_would_have_had(
         torch.set_num_threads(4)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            run(tmp_path, RawModel(), num_chains=3, chains_at_once=2)
+            run(tmp_path, RawModel(), num_chains=3, **{how: 2})
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(threads)
