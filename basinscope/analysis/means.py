@@ -1,9 +1,9 @@
 """Means of losses that are read once, a chunk at a time, and added up in float64.
 
-Only where a row has MANY losses in a chunk are TOGETHER of them added up in float32 first, by a
-matrix product with ones: that keeps up with the decoder, which float64 from the start does not, and
-what it rounds off evens out over so many. Sums over rows, of which susceptibilities take
-differences that are far smaller, see float64 alone.
+Only where a row has MANY losses in a chunk are TOGETHER of them added up in float32 first: that
+keeps up with the decoder, which float64 from the start does not, and what it rounds off evens out
+over so many. Sums over rows, of which susceptibilities take differences that are far smaller, see
+float64 alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from basinscope.analysis.stores import FILE_BYTES, Part, chunks_of, streamed
 from basinscope.io.stored import StoredArray
 
 MANY = 2**12  # losses of a row, from which on sums begin in float32
-TOGETHER = 128  # most losses that are added up in float32
+TOGETHER = 64  # most losses that are added up in float32
 PRODUCT = 2**13  # entries of a matrix so small that BLAS does not wake its threads for it
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
@@ -102,39 +102,35 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> 
 
 def _sums_of_rows(values: np.ndarray) -> np.ndarray:
     """Add up (rows, batch, token_pos) over (batch, token_pos)."""
-    many = values[0].size >= MANY
-    values = values.astype(np.result_type(values, np.float32 if many else np.float64), copy=False)
-    ones = np.ones(min(TOGETHER, _height(len(values))), values.dtype)
+    by_row = values.reshape(len(values), -1)
+    by_row = by_row.astype(np.result_type(values, np.float32), copy=False)
+    width = min(PRODUCT, by_row.shape[1]) // TOGETHER
+    if width * TOGETHER < MANY:
+        return by_row.sum(axis=1, dtype=np.float64)
+    begun, rest = _whole(by_row, width * TOGETHER)
     if _rows_last(values):
-        stacked, rest = _stacked(values, len(ones))
-        sums = (ones @ stacked).sum(axis=0, dtype=np.float64)
-        return sums + rest.sum(axis=0, dtype=np.float64) if len(rest) else sums
-    by_row = np.ascontiguousarray(values).reshape(len(values), -1)
-    whole = by_row.shape[1] - by_row.shape[1] % len(ones)
-    sums = by_row[:, :whole].reshape(len(values), -1, len(ones)) @ ones
-    return sums.sum(axis=1, dtype=np.float64) + by_row[:, whole:].sum(axis=1, dtype=np.float64)
+        sums = begun.reshape(len(values), -1, TOGETHER, width).sum(axis=2)
+    else:  # what stands side by side, a product with ones adds up faster
+        ones = np.ones(TOGETHER, by_row.dtype)
+        sums = begun.reshape(len(values), -1, width, TOGETHER) @ ones
+    return sums.sum(axis=(1, 2), dtype=np.float64) + rest.sum(axis=1, dtype=np.float64)
 
 
 def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Add up weight times (rows, batch, token_pos) over the rows."""
-    values = values.astype(np.float64)
-    if not _rows_last(values):
-        by_row = np.ascontiguousarray(values).reshape(len(values), -1)
-        return (weights @ by_row).reshape(values.shape[1:])
-    stacked, rest = _stacked(values, _height(len(values)))
-    return np.concatenate([(stacked @ weights).ravel(), rest @ weights]).reshape(values.shape[1:])
+    by_row = values.reshape(len(values), -1).astype(np.float64)
+    width = 2 ** max(0, (PRODUCT // len(values)).bit_length() - 1)
+    begun, rest = _whole(by_row, width)
+    sums = (weights @ begun.reshape(len(values), -1, width).swapaxes(0, 1)).ravel()
+    if rest.size:
+        sums = np.concatenate([sums, weights @ rest])
+    return sums.reshape(values.shape[1:])
 
 
-def _stacked(values: np.ndarray, height: int) -> tuple[np.ndarray, np.ndarray]:
-    """See (rows, batch, token_pos), rows last, as (..., height, rows), and the tokens left over."""
-    by_token = values.transpose(1, 2, 0).reshape(-1, len(values))
-    whole = len(by_token) - len(by_token) % height
-    return by_token[:whole].reshape(-1, height, len(values)), by_token[whole:]
-
-
-def _height(rows: int) -> int:
-    """Tokens with so many rows that BLAS does not wake its threads for their product."""
-    return max(1, PRODUCT // rows)
+def _whole(by_row: np.ndarray, extent: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split (rows, tokens) behind the last token that fills an extent."""
+    whole = by_row.shape[1] - by_row.shape[1] % extent
+    return by_row[:, :whole], by_row[:, whole:]
 
 
 def _rows_last(values: np.ndarray) -> bool:
