@@ -23,7 +23,14 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
-from basinscope.analysis.stores import Samples, choose_observables, cut, open_samples, unread
+from basinscope.analysis.selections import row_numbers
+from basinscope.analysis.stores import (
+    Samples,
+    choose_observables,
+    cut,
+    open_samples,
+    unread,
+)
 from basinscope.io import dims
 
 
@@ -46,7 +53,7 @@ def compute_llc(
     samples : xr.DataTree or path
         A store of :func:`basinscope.sample` or of devinterp 2.x.
     burn_in : int
-        Steps to leave out at the start of every chain.
+        Steps to leave out at the start of every chain, and the draws of these.
     observables : "all" or sequence of str
         Which observables get an LLC of their own.
     allow_incomplete : bool
@@ -72,7 +79,8 @@ def compute_llc(
           :func:`basinscope.analysis.diagnostics.diagnose_trace`
         - ``llc_{obs}``: nβ (mean loss on an observable - its mean at the checkpoint). Where a store
           has no ``init_loss_{obs}`` (devinterp writes none), the mean at the first draw stands in,
-          which has risen already: attribute ``reference`` says "checkpoint" or "first draw". Named
+          which has risen already: attribute ``reference`` says "checkpoint" or "first draw". NaN
+          where ``burn_in`` leaves no draw. Named
           ``llc_{obs}_observable`` where ``llc_{obs}`` is one of the above
         - ``n_beta``
 
@@ -92,7 +100,7 @@ def compute_llc(
     chosen = choose_observables(opened, observables)
     name = sampled_losses(opened)
     row = str(opened.dataset[name].dims[1])
-    skipped = _rows_of_burn_in(opened, row, burn_in)
+    skipped = _checked_burn_in(opened, row, burn_in)
     plan_llc(opened, chosen).validate(parse_memory_limit(memory_limit))
 
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
@@ -127,9 +135,11 @@ def compute_llc(
             "reference": "checkpoint" if known else "first draw",
         }
         variables[f"llc_{obs_id}_observable" if taken else f"llc_{obs_id}"] = xr.Variable(
-            (), _of_observable(opened, obs_id), attrs
+            (), _of_observable(opened, obs_id, burn_in), attrs
         )
-    coords = {dims.CHAIN: list(opened.chains), row: np.arange(skipped, skipped + longest)}
+    known_rows = row_numbers(opened.dataset, row)
+    in_store = np.arange(skipped + longest) if known_rows is None else known_rows
+    coords = {dims.CHAIN: list(opened.chains), row: in_store[skipped : skipped + longest]}
     return xr.Dataset(variables, coords, opened.provenance)
 
 
@@ -181,9 +191,10 @@ def _judge(
 def _shared_batches(samples: Samples, row: str, first: int, rows: int) -> SharedBatches | None:
     """Find out from the settings which batches the rows of a trace saw."""
     sampler = samples.sampler
-    if not sampler.get("match_sampling_input_ids_across_chains", True):
+    in_store = row_numbers(samples.dataset, row)
+    if not sampler.get("match_sampling_input_ids_across_chains", True) or in_store is None:
         return None
-    steps = np.arange(first, first + rows)
+    steps = in_store[first : first + rows]
     if row == dims.DRAW:
         between = int(sampler.get("num_steps_bw_draws", 1))
         steps = int(sampler.get("num_burnin_steps", 0)) + steps * between
@@ -230,31 +241,45 @@ def sampled_losses(samples: Samples) -> str:
     return "sampling_loss_micro" if has_steps else "sampling_loss"
 
 
-def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
-    """Turn steps into rows of the trace: steps, or the draws that come before that step."""
+def _checked_burn_in(samples: Samples, row: str, burn_in: int) -> int:
+    """Turn steps into rows of the trace, of which some have to be left."""
     if isinstance(burn_in, bool) or not isinstance(burn_in, numbers.Integral) or burn_in < 0:
         raise ValueError(f"burn_in={burn_in!r}: give a number of steps, 0 or more")
-    rows, counts = int(burn_in), samples.steps
-    if row == dims.DRAW:
-        counts = samples.draws
-        after = burn_in - int(samples.sampler.get("num_burnin_steps", 0))
-        rows = max(0, -(-after // int(samples.sampler.get("num_steps_bw_draws", 1))))
-    if rows >= min(counts):
+    rows = _rows_of_burn_in(samples, row, burn_in)
+    count = min(samples.draws if row == dims.DRAW else samples.steps)
+    if rows >= count:
         raise ValueError(
-            f"burn_in={burn_in} leaves nothing to average: {samples.name} has chains of "
-            f"{min(counts)} {row}s"
+            f"burn_in={burn_in} leaves nothing to average: {samples.name} has chains of {count} "
+            f"{row}s"
         )
     return rows
 
 
-def _of_observable(samples: Samples, obs_id: str) -> da.Array:
+def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
+    """Count the steps before a step, or the draws."""
+    first = int(burn_in)
+    if row == dims.DRAW:
+        after = burn_in - int(samples.sampler.get("num_burnin_steps", 0))
+        first = max(0, -(-after // int(samples.sampler.get("num_steps_bw_draws", 1))))
+    in_store = row_numbers(samples.dataset, row)
+    if first and (in_store is None or (np.diff(in_store) < 0).any()):
+        raise ValueError(
+            f"burn_in={burn_in}: the {row}s of {samples.name} are a selection "
+            + ("without numbers" if in_store is None else "in another order")
+            + ", of which the first cannot be told; leave burn_in out"
+        )
+    return 0 if in_store is None else int(np.searchsorted(in_store, first))
+
+
+def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
+    skipped = _rows_of_burn_in(samples, dims.DRAW, burn_in)
     parts = samples.losses(f"loss_{obs_id}")
     at_init: Any = samples.dataset.get(f"init_loss_{obs_id}")
     if at_init is not None:
         chained = dims.CHAIN in at_init.dims
         at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
     totals = lazy_totals(parts, of_tokens=False)
-    value = delayed(_observable_llc)(totals, shapes_of(parts), at_init, samples.n_beta)
+    value = delayed(_observable_llc)(totals, shapes_of(parts), at_init, samples.n_beta, skipped)
     return da.from_delayed(value, (), "float64")
 
 
@@ -263,10 +288,12 @@ def _observable_llc(
     shapes: list[tuple[int, ...]],
     at_init: np.ndarray | None,
     n_beta: float,
+    skipped: int,
 ) -> np.float64:
     traces, _ = mean_losses(totals, shapes)
     if at_init is None:
         reference = np.mean([trace[0] for trace in traces])
     else:
         reference = at_init.mean(dtype=np.float64)
-    return np.float64(n_beta * (np.concatenate(traces).mean() - reference))
+    kept = np.concatenate([trace[skipped:] for trace in traces])
+    return np.float64(n_beta * (kept.mean() - reference) if len(kept) else np.nan)

@@ -130,7 +130,7 @@ class Layout:
         elif isinstance(first, np.ndarray):  # any part of it is at hand
             chunk = (1, 1, 1, first.shape[3])
         else:
-            chunk = tuple(max(sizes) for sizes in first.chunks)
+            chunk = tuple(max(sizes) for sizes in first.array.chunks)
         rows = sum(part.shape[1] for part in parts)
         shape = (1, rows, *first.shape[2:])
         return cls(shape, (1, *chunk[1:]), first.dtype.itemsize)  # type: ignore[arg-type]
@@ -376,28 +376,41 @@ def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Pla
 def _plan_top_k(problem: Influence, limit: int, block: int | None) -> tuple[Plan, Blocks]:
     asked = len(problem.queries)
     count, row, chunk = workers(), _row_bytes(problem), _chunk(problem)
-    results = 2 * asked * problem.top_k * 20  # value, batch, position, for both signs
+    a_rank = 2 * 20  # value, batch, position, for both signs
+    results = asked * problem.top_k * a_rank
+    ranks = min(problem.top_k, len(problem.rows_2) * problem.tokens)
     budget = limit - count * chunk - results
-    a_query = 4 * problem.samples
-    queries, chosen, a_candidate = 2 * asked, 0, 0
-    while queries > 1 and chosen < (block or 1):
-        queries = max(1, min(queries // 2, budget // 4 // a_query))
-        products = 3 * 4 * min(queries, QUERY_PANEL) * problem.tokens  # and their groups
-        a_candidate = row + products
-        chosen = (budget - queries * a_query) // count // a_candidate
-    chosen = max(1, min(block or chosen, len(problem.rows_2)))
+    trace = 4 * problem.samples
+
+    def a_query(cuts: int) -> int:
+        """Count its trace, and its partners in so many blocks while they are merged in pairs."""
+        unmerged = min(cuts, 2 * count + cuts.bit_length())
+        return trace + ranks * a_rank * (unmerged + min(count, cuts // 2))
+
+    cuts, needed = 0, 1
+    while cuts < needed:
+        cuts = needed
+        queries, chosen, a_candidate = 2 * asked, 0, 0
+        while queries > 1 and chosen < (block or 1):
+            queries = max(1, min(queries // 2, budget // 4 // a_query(cuts)))
+            panel = min(queries, QUERY_PANEL)  # an eighth of it is looked through at once
+            a_candidate = row + 4 * problem.tokens * (panel + 10 * math.ceil(panel / 8))
+            chosen = (budget - queries * a_query(cuts)) // count // a_candidate
+        chosen = max(1, min(block or chosen, len(problem.rows_2)))
+        needed = _cuts(problem.rows_2, chosen)
     panels = [np.unique(problem.queries[i : i + queries]) for i in range(0, asked, queries)]
     passes = len(panels)
     reads = passes * problem.sweep(problem.rows_2, chosen)
     reads += sum(problem.sweep(rows, chosen) for rows in panels)
-    fixed = results + queries * a_query
+    working = queries * a_query(needed) + count * (chunk + chosen * a_candidate)
+    least = a_query(_cuts(problem.rows_2, block or 1))
     plan = Plan(
         f"top {problem.top_k} partners",
         problem.bytes_of(np.union1d(problem.queries, problem.rows_2)), reads,
-        fixed + count * (chunk + chosen * a_candidate), results,
+        results + max(working, 2 * queries * trace), results,  # traces, while they are put in order
         2 * problem.samples * asked * len(problem.rows_2) * problem.tokens,
-        passes * _cuts(problem.rows_2, chosen) + 2, count,
-        results + a_query + count * (chunk + (block or 1) * (row + 12 * problem.tokens)),
+        passes * needed + 2, count,
+        results + least + count * (chunk + (block or 1) * (row + 44 * problem.tokens)),
     )  # fmt: skip
     blocks = Blocks(chosen, chosen, held=False, queries=queries)
     read_again = (passes * len(problem.rows_2) + sum(map(len, panels))) * row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ import dask.array as da
 import numpy as np
 import xarray as xr
 
+from basinscope.analysis.selections import Selected, count_written
 from basinscope.io import dims
 from basinscope.io.dims import observable_id
 from basinscope.io.results import digest
@@ -29,7 +30,7 @@ from basinscope.io.store import (
 )
 from basinscope.io.stored import StoredArray
 
-Part = StoredArray | da.Array | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
+Part = StoredArray | Selected | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
 TASK_BYTES = 2**28  # of losses on disk that one task goes through
 SLAB_BYTES = 2**20  # about what fits beside its float64 copy in a core's cache
@@ -101,9 +102,10 @@ class Samples:
         if stored is not None:
             return [stored.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
         data = unread(self.dataset[name])
-        return [data[chain : chain + 1, :count] for chain, count in chains]
+        parts = [data[chain : chain + 1, :count] for chain, count in chains]
+        return [part if isinstance(part, np.ndarray) else Selected(part) for part in parts]
 
-    def init_loss(self) -> list[Part]:
+    def init_loss(self) -> list[StoredArray | da.Array | np.ndarray]:
         """Give the loss at the checkpoint of each chain that counts, (1, token_pos)."""
         stored = self._stored("init_loss")
         if stored is not None:
@@ -122,15 +124,20 @@ class Samples:
     def identity(self, names: Sequence[str]) -> dict[str, Any]:
         """Tell these samples from any others: settings, chains, and a digest of some losses.
 
-        Reads ``init_loss`` and the first draw of the arrays named.
+        Reads ``init_loss``, and of the first chain the first, a middle and the last row of the
+        arrays named.
         """
-        first = [np.asarray(cut(self.losses(name)[0], slice(1))) for name in names]
+        some = [
+            np.asarray(cut(part, slice(row, row + 1)))
+            for part in (self.losses(name)[0] for name in names)
+            for row in sorted({0, part.shape[1] // 2, part.shape[1] - 1})
+        ]
         return {
             "created_at": self.dataset.attrs.get("created_at"),
             "sampler": self.sampler,
             "chains": list(self.chains),
             "draws": list(self.draws),
-            "losses": [digest(values) for values in (*map(np.asarray, self.init_loss()), *first)],
+            "losses": [digest(values) for values in (*map(np.asarray, self.init_loss()), *some)],
         }
 
     @property
@@ -174,14 +181,15 @@ def open_samples(
         dataset, records = read_root(path), records_of(path)
         name = str(path)
     _require_losses(dataset, name)
-    draws, steps = dataset.sizes.get(dims.DRAW, 0), dataset.sizes.get(dims.STEP, 0)
     places = _places_of_chains(dataset, records, name)
     if not records:
         _require_completed(dataset, name)
-        count = len(places)
+        failed = dataset.attrs.get("failed_chains", ())
+        kept = _kept(places, {chain: "failed" for chain in places if chain in failed}, name)
         return Samples(
-            dataset, name, tuple(places), tuple(places.values()), (draws,) * count,
-            (steps,) * count, False, path,
+            dataset, name, kept, tuple(places[chain] for chain in kept),
+            (dataset.sizes.get(dims.DRAW, 0),) * len(kept),
+            (dataset.sizes.get(dims.STEP, 0),) * len(kept), False, path,
         )  # fmt: skip
     records = {chain: records[chain] for chain in places}
     gaps = describe_gaps(records)
@@ -192,22 +200,32 @@ def open_samples(
             f"{name} is not complete: {reasons}. Finish it with the call that began it, or take "
             "the draws that are written with allow_incomplete=True (--allow-incomplete)"
         )
-    left_out = {
-        chain: gap
-        for chain, gap in gaps.items()
-        if chain not in unfinished or not records[chain]["draws_written"]
-    }
-    kept = tuple(chain for chain in places if chain not in left_out)
+    failed = {chain for chain in gaps if chain not in unfinished}
+    draws, steps = (
+        {
+            chain: count_written(dataset, row, records[chain][f"{row}s_written"], name)
+            for chain in places
+            if chain not in failed
+        }
+        for row in (dims.DRAW, dims.STEP)
+    )
+    left_out = {c: gap for c, gap in gaps.items() if c in failed or not draws[c]}
+    kept = _kept(places, left_out, name)
+    return Samples(
+        dataset, name, kept, tuple(places[chain] for chain in kept),
+        tuple(draws[chain] for chain in kept), tuple(steps[chain] for chain in kept), True, path,
+    )  # fmt: skip
+
+
+def _kept(chains: Iterable[int], left_out: Mapping[int, str], name: str) -> tuple[int, ...]:
+    """Leave chains out, with a warning that says why."""
+    kept = tuple(chain for chain in chains if chain not in left_out)
     if left_out:
         reasons = "; ".join(f"chain {chain} {gap}" for chain, gap in left_out.items())
         if not kept:
             raise ValueError(f"no chain of {name} can be analysed: {reasons}")
-        warnings.warn(f"left out of this estimate: {reasons}", stacklevel=3)
-    return Samples(
-        dataset, name, kept, tuple(places[chain] for chain in kept),
-        tuple(min(records[chain]["draws_written"], draws) for chain in kept),
-        tuple(min(records[chain]["steps_written"], steps) for chain in kept), True, path,
-    )  # fmt: skip
+        warnings.warn(f"left out of this estimate: {reasons}", stacklevel=4)
+    return kept
 
 
 def _places_of_chains(
@@ -222,12 +240,13 @@ def _places_of_chains(
     count = dataset.sizes[dims.CHAIN]
     if dims.CHAIN in dataset.coords:
         numbers = [int(number) for number in dataset[dims.CHAIN].values]
-    elif not records or len(records) == count:
+    elif count == _recorded(dataset, records, count):
         numbers = list(range(count))
     else:
         raise ValueError(
-            f"{name} has {count} chains and records of {len(records)}, so that it cannot be told "
-            "which is which: select chains of a tree that open_store() gave, which are numbered"
+            f"{name} has {count} chains of {_recorded(dataset, records, count)}, so that it cannot "
+            "be told which is which: select chains of a tree that open_store() gave, which are "
+            "numbered"
         )
     unknown = [number for number in numbers if records and number not in records]
     if unknown or len(set(numbers)) < count:
@@ -235,6 +254,14 @@ def _places_of_chains(
             f"chains {numbers} of {name} are not those of its records: {list(records)}"
         )
     return {number: place for place, number in enumerate(numbers)}
+
+
+def _recorded(dataset: xr.Dataset, records: Mapping[int, object], unknown: int) -> int:
+    """How many chains there were, where something is known of single ones."""
+    if records or not dataset.attrs.get("failed_chains"):
+        return len(records) or unknown
+    sampler = dataset.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
+    return int(sampler.get("num_chains", unknown))
 
 
 def _require_losses(dataset: xr.Dataset, name: str) -> None:
@@ -258,9 +285,15 @@ def _require_losses(dataset: xr.Dataset, name: str) -> None:
 def _require_completed(dataset: xr.Dataset, name: str) -> None:
     on_disk = "source" in dataset.encoding
     if dataset.attrs.get("completed", None if on_disk else 1) != 1:
+        ours = "schema_version" in dataset.attrs
         raise ValueError(
-            f"{name} was not completed, and keeps no record of which draws were written (devinterp "
-            "writes none), so missing ones cannot be told from NaN: sample it again"
+            f"{name} was not completed, and keeps no record of which draws were written, so "
+            "missing ones cannot be told from NaN: "
+            + (
+                "select with tree.isel(...), which keeps the groups of chains that say it"
+                if ours
+                else "devinterp writes none; sample it again"
+            )
         )
 
 
@@ -296,7 +329,7 @@ def unread(variable: xr.DataArray) -> da.Array | np.ndarray:
     return values
 
 
-def chunks_of(part: StoredArray | np.ndarray) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+def chunks_of(part: Part) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """Go through losses in pieces that fit a core's cache (or as a store holds them).
 
     Yields
@@ -305,7 +338,7 @@ def chunks_of(part: StoredArray | np.ndarray) -> Iterator[tuple[tuple[slice, ...
         Where the values stand in the part.
     values : np.ndarray (1, rows, batch, token_pos)
     """
-    if isinstance(part, StoredArray):
+    if not isinstance(part, np.ndarray):
         yield from part.chunks()
         return
     rows = max(1, SLAB_BYTES // max(1, part[:, :1].nbytes))
@@ -325,11 +358,10 @@ def streamed(part: Part) -> list[tuple[int, Part]]:
         return files_of(part, max(1, TASK_BYTES // max(1, file_bytes)))
     if isinstance(part, np.ndarray):
         return files_of(part)
-    sequences = _pairs(np.cumsum([0, *part.chunks[2]]).tolist())
     return [
         (first, cut(piece, slice(None), slice(*at)))
         for first, piece in files_of(part)
-        for at in sequences
+        for at in part.bounds(2)
     ]
 
 
@@ -342,15 +374,14 @@ def files_of(part: Part, together: int = 1) -> list[tuple[int, Part]]:
     if isinstance(part, np.ndarray):
         extent = max(1, FILE_BYTES // max(1, part[:, :1].nbytes))
         return [(a, part[:, a : a + extent]) for a in range(0, part.shape[1], extent)]
-    rows = _pairs(np.cumsum([0, *part.chunks[1]]).tolist())
-    return [(a, cut(part, slice(a, b))) for a, b in rows]
+    return [(a, cut(part, slice(a, b))) for a, b in part.bounds(1)]
 
 
 def cut(part: Part, rows: slice, sequences: slice = slice(None)) -> Part:
     """Narrow a chain's losses; reads nothing."""
-    if isinstance(part, StoredArray):
-        return part.part(slice(None), rows, sequences)
-    return part[:, rows, sequences]
+    if isinstance(part, np.ndarray):
+        return part[:, rows, sequences]
+    return part.part(slice(None), rows, sequences)
 
 
 def _pairs(bounds: list[int]) -> list[tuple[int, int]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import dask.array as da
 import numpy as np
 from dask.delayed import Delayed, delayed
 
@@ -92,7 +91,7 @@ class Traces:
 
     def pieces(self, rows: np.ndarray) -> list[Piece]:
         """Find some sequences; reads nothing."""
-        pieces: list[Piece] = []
+        pieces = Pieces()
         first = 0
         for observable, (chains, layout) in enumerate(zip(self.losses, self.layouts, strict=True)):
             put = np.flatnonzero((rows >= first) & (rows < first + layout.shape[2]))
@@ -107,8 +106,7 @@ class Traces:
                 ]
                 pieces.append(Piece(found, None if whole else take, put[group]))
             first += layout.shape[2]
-        lazy = any(isinstance(part, da.Array) for chains in self.losses for part in chains)
-        return pieces if lazy else Pieces(pieces)
+        return pieces
 
     def _find(
         self, observable: int, chain: int, part: Part, low: int, high: int

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 SCALED = {"scale_factor", "add_offset"}  # encodings under which values are not what is stored
+MOST_DIFFERENCES = 8  # of one group of settings that a message lists
 
 
 class ChainLockedError(RuntimeError):
@@ -102,11 +103,20 @@ def read_store(path: Path) -> xr.DataTree:
         for name, variable in dataset.data_vars.items()
         if (stored := stored_at(path, variable))
     }
-    dataset = dataset.assign(read_in_parts)
-    if "chains" in tree.children:  # numbered, so that a selection still knows its records
-        dataset = dataset.assign_coords(chain=range(dataset.sizes[dims.CHAIN]))
-    tree.dataset = dataset
+    records = len(tree["chains"].children) if "chains" in tree.children else 0
+    tree.dataset = _numbered(dataset.assign(read_in_parts), records)
     return lazy(tree)
+
+
+def _numbered(dataset: xr.Dataset, records: int) -> xr.Dataset:
+    """Number every dimension from 0, so that a selection still knows what it was taken from.
+
+    A selection that was saved has its numbers; chains of which it is unknown have none.
+    """
+    sizes = {dim: size for dim, size in dataset.sizes.items() if dim not in dataset.coords}
+    if records and sizes.get(dims.CHAIN) != records:
+        sizes.pop(dims.CHAIN, None)
+    return dataset.assign_coords({dim: np.arange(size) for dim, size in sizes.items()})
 
 
 def read_root(path: Path) -> xr.Dataset:
@@ -426,15 +436,22 @@ def require_same_settings(path: Path, stored: Mapping[str, Any], wanted: Mapping
     Raises
     ------
     StoreMismatchError
-        Naming every field that differs, with both values.
+        Naming the fields that differ, with both values: of a group of many, the first ones, and
+        behind the groups of few.
     """
     ours, theirs = dict(_flatten(wanted)), dict(_flatten(stored))
-    differences = [
-        f"  {key}: the store has {theirs.get(key, 'nothing')!r}, "
-        f"this call has {ours.get(key, 'nothing')!r}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
+    groups: dict[str, list[str]] = {}
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            groups.setdefault(key.partition(".")[0], []).append(
+                f"  {key}: the store has {theirs.get(key, 'nothing')!r}, "
+                f"this call has {ours.get(key, 'nothing')!r}"
+            )
+    differences: list[str] = []
+    for group, lines in sorted(groups.items(), key=lambda item: len(item[1]) > MOST_DIFFERENCES):
+        differences += lines[:MOST_DIFFERENCES]
+        if len(lines) > MOST_DIFFERENCES:
+            differences.append(f"  and {len(lines) - MOST_DIFFERENCES} more of {group}")
     if differences:
         raise StoreMismatchError(
             f"{path} was written with other settings:\n"

@@ -21,6 +21,7 @@ from basinscope.io.schema import sampling_arrays
 from basinscope.io.store import (
     DONE,
     FAILED,
+    MOST_DIFFERENCES,
     RUNNING,
     ChainLockedError,
     SampleStore,
@@ -359,6 +360,17 @@ def test_other_settings_are_named_with_both_values(tmp_path: Path) -> None:
         assert line_ in message
     assert "shuffle" not in message
     require_same_settings(tmp_path, stored, stored)
+
+
+def test_a_group_of_many_differences_does_not_hide_the_others(tmp_path: Path) -> None:
+    edges = {f"edge {i}": True for i in range(MOST_DIFFERENCES + 5)}
+    with pytest.raises(StoreMismatchError) as caught:
+        require_same_settings(tmp_path, {"edges": {}, "seed": 1}, {"edges": edges, "seed": 2})
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  seed: the store has 1, this call has 2"
+    assert lines[2] == "  edges.edge 0: the store has 'nothing', this call has True"
+    assert lines[2 + MOST_DIFFERENCES] == "  and 5 more of edges"
+    assert len(lines) == 4 + MOST_DIFFERENCES
 
 
 def test_litter_of_a_killed_writer_is_removed_for_its_chain_only(filled: Filled) -> None:

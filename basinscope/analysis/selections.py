@@ -1,0 +1,122 @@
+"""What a selection of a store still is: losses that are a Dask array, rows that have numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import dask.array as da
+import dask.base
+import dask.core
+import numpy as np
+import xarray as xr
+
+from basinscope.io import dims
+
+
+class Selected:
+    """A Dask array that the task that takes it reads, a Dask chunk at a time.
+
+    Given to a task as it is, a Dask array would all be in memory before the task begins.
+
+    Parameters
+    ----------
+    array : da.Array
+    """
+
+    def __init__(self, array: da.Array) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.array.shape
+        return shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.array.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def bounds(self, axis: int) -> list[tuple[int, int]]:
+        """Give where Dask chunks begin and end along an axis, those without entries left out."""
+        edges = np.cumsum([0, *self.array.chunks[axis]]).tolist()
+        return [(a, b) for a, b in pairwise(edges) if b > a]
+
+    def part(self, *bounds: slice) -> Selected:
+        """Narrow to bounds, one slice for each of the first axes; reads nothing."""
+        return Selected(self.array[bounds])
+
+    def chunks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+        """Compute Dask chunk after Dask chunk, in the calling thread.
+
+        Yields
+        ------
+        place : tuple of slice
+            Where the values stand in the array.
+        values : np.ndarray
+        """
+        edges = [np.cumsum([0, *sizes]) for sizes in self.array.chunks]
+        for index in np.ndindex(self.array.numblocks):
+            (block,) = dask.base.optimize(self.array.blocks[index])
+            # without callbacks: a progress bar outside would count these tasks as its own
+            made: Any = dask.core.get(dict(block.__dask_graph__()), block.__dask_keys__())
+            while not isinstance(made, np.ndarray):
+                (made,) = made
+            place = tuple(slice(e[i], e[i + 1]) for e, i in zip(edges, index, strict=True))
+            yield place, made
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = np.empty(self.shape, self.dtype)
+        for place, chunk in self.chunks():
+            values[place] = chunk
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def row_numbers(dataset: xr.Dataset, row: str) -> np.ndarray | None:
+    """Give the numbers that draws or steps have in the store, also those of a selection.
+
+    Returns
+    -------
+    np.ndarray (row,) or None
+        None where rows are missing and have no numbers.
+    """
+    if row in dataset.coords and dataset[row].dtype.kind in "iu":
+        return dataset[row].values
+    count = dataset.sizes.get(row, 0)
+    return np.arange(count) if count == _planned(dataset, row, count) else None
+
+
+def count_written(dataset: xr.Dataset, row: str, written: int, name: str) -> int:
+    """Count the draws or steps, of a selection too, that a chain's record says are written."""
+    count = dataset.sizes.get(row, 0)
+    numbers = row_numbers(dataset, row)
+    if numbers is None:
+        if written >= _planned(dataset, row, count):
+            return count
+        raise ValueError(
+            f"{name} has {count} {row}s without numbers, so that it cannot be told which of them "
+            f"are among the {written} that were written: select {row}s of a tree that open_store() "
+            "gave, which are numbered"
+        )
+    there = numbers < written
+    found = int(np.count_nonzero(there))
+    if not there[:found].all():
+        raise ValueError(
+            f"{name} has {row}s that were written behind others that were not: keep {row}s in "
+            "their order"
+        )
+    return found
+
+
+def _planned(dataset: xr.Dataset, row: str, unknown: int) -> int:
+    """How many draws or steps a whole chain has."""
+    sampler = dataset.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
+    draws = int(sampler.get("num_draws", unknown))
+    if row == dims.DRAW or "num_draws" not in sampler:
+        return draws
+    between = int(sampler.get("num_steps_bw_draws", 1))
+    return int(sampler.get("num_burnin_steps", 0)) + draws * between
