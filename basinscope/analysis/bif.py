@@ -26,7 +26,7 @@ from basinscope.analysis.traces import (
 )
 from basinscope.io.results import begun_chunks, digest, write_result
 
-MERGED_AT_ONCE = 8  # blocks whose partners are merged in one task
+MERGED_AT_ONCE = 2  # blocks whose partners are merged in one task
 ROW_BLOCK_BYTES = 2**26  # of influences between whole sequences that one task makes
 SIGNS = ("positive", "negative")
 
@@ -109,6 +109,10 @@ def compute_bif(
         If an argument is wrong, or the store has fewer than two samples.
     PlanError
         If the memory does not suffice; says what would.
+    StoreMismatchError
+        If ``output_path`` holds a result of other settings; names each that differs.
+    ResultLockedError
+        If another process is computing the result at ``output_path``.
 
     Warns
     -----
@@ -419,12 +423,12 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
             )
             for block in _cuts(len(problem.rows_2), blocks.output)
         ]  # fmt: skip
-        while len(parts) > 1:
+        while len(parts) > MERGED_AT_ONCE:
             parts = [
-                delayed(merge_partners)(parts[i : i + MERGED_AT_ONCE], k)
+                delayed(merge_partners)(parts[i : i + MERGED_AT_ONCE], k, padded=False)
                 for i in range(0, len(parts), MERGED_AT_ONCE)
             ]
-        found.append(parts[0])
+        found.append(delayed(merge_partners)(parts, k, padded=True))
     sizes = [at.stop - at.start for at in _cuts(len(sequences), blocks.queries)]
     fields = [
         da.concatenate(
@@ -469,13 +473,13 @@ def _queries(
             )
         )
         order.append(mine)
-    return delayed(_in_order)(parts, np.concatenate(order), after)
+    return delayed(_in_order)(parts, order, after)
 
 
-def _in_order(parts: list[np.ndarray], order: np.ndarray, _: list[Partners]) -> np.ndarray:
-    traces = np.concatenate(parts)
-    placed = np.empty_like(traces)
-    placed[order] = traces
+def _in_order(parts: list[np.ndarray], order: list[np.ndarray], _: list[Partners]) -> np.ndarray:
+    placed = np.empty((sum(map(len, parts)), parts[0].shape[1]), np.float32)
+    for traces, mine in zip(parts, order, strict=True):
+        placed[mine] = traces
     return placed
 
 

@@ -85,6 +85,10 @@ def compute_susceptibilities(
         observables; names both sides. Token ids that differ are found when they are read.
     PlanError
         If the memory does not suffice.
+    StoreMismatchError
+        If ``output_path`` holds a result of other settings; names each that differs.
+    ResultLockedError
+        If another process is computing the result at ``output_path``.
 
     Warns
     -----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from basinscope.analysis.products import product
 from basinscope.analysis.traces import gather_traces, standardise
 
 DEPTH = 64  # products that are looked at through their largest one first
+MERGED_RANKS = 2**12  # of either sign, of each of several blocks, that are merged together
 
 
 class Partners(NamedTuple):
@@ -70,15 +72,15 @@ def best_partners(
     rows : np.ndarray (sequences,)
         Numbers of the candidates' sequences.
     k : int
-        Partners of each sign.
+        Partners of each sign at most; as many ranks as there are candidates, if these are fewer.
     *block
         Of :meth:`basinscope.analysis.traces.Traces.block`, the candidates.
     """
     traces = standardise(gather_traces(*block), covariance).astype(np.float32, copy=False)
     _, tokens, samples = traces.shape
     candidates = traces.reshape(-1, samples)
-    candidates[np.isnan(candidates[:, 0])] = 0  # of no variance: nobody's partner
-    found = []
+    candidates[~_all_finite(candidates)] = 0  # of no variance, or infinite: nobody's partner
+    found = _nobody(len(queries), min(k, len(candidates)))
     for first in range(0, len(queries), QUERY_PANEL):
         panel = slice(first, first + QUERY_PANEL)
         products = product(queries[panel], candidates, device)
@@ -86,27 +88,60 @@ def best_partners(
             zip(places[0][panel], places[1][panel], strict=True)
         ):
             products[query, np.flatnonzero(rows == sequence) * tokens + token] = 0
-        found.append([strongest(products, k, sign) for sign in (1, -1)])
-    values = np.concatenate([np.stack([v for v, _ in signs]) for signs in found], axis=1)
-    columns = np.concatenate([np.stack([c for _, c in signs]) for signs in found], axis=1)
-    absent = columns < 0
-    return Partners(
-        values,
-        np.where(absent, -1, rows[columns // tokens]),
-        np.where(absent, -1, columns % tokens + 1),
-    )
+        together = math.ceil(len(products) / 8)  # each takes several times its products
+        for at in range(0, len(products), together):
+            some = slice(first + at, first + at + together)
+            for row, sign in enumerate((1, -1)):
+                values, columns = strongest(
+                    products[at : at + together], found.values.shape[2], sign
+                )
+                absent = columns < 0
+                found.values[row, some] = values
+                found.sequences[row, some] = np.where(absent, -1, rows[columns // tokens])
+                found.tokens[row, some] = np.where(absent, -1, columns % tokens + 1)
+    return found
 
 
-def merge_partners(parts: list[Partners], k: int) -> Partners:
-    """Keep the strongest of several blocks' partners; equal ones in the order of their place."""
-    values, sequences, tokens = (
-        np.concatenate(field, axis=2) for field in zip(*parts, strict=True)
-    )
-    strength = np.where(np.isnan(values), -np.inf, np.abs(values))
-    order = np.lexsort((tokens, sequences, -strength), axis=2)[:, :, :k]
-    return Partners(
-        *(np.take_along_axis(field, order, axis=2) for field in (values, sequences, tokens))
-    )
+def merge_partners(parts: list[Partners], k: int, padded: bool) -> Partners:
+    """Keep the strongest of several blocks' partners; equal ones in the order of their place.
+
+    Parameters
+    ----------
+    parts : list of Partners
+    k : int
+        Partners of each sign at most.
+    padded : bool
+        Whether there are k ranks even where the parts have fewer.
+    """
+    ranks = sum(part.values.shape[2] for part in parts)
+    kept = k if padded else min(k, ranks)
+    if len(parts) == 1 and ranks == kept:
+        return parts[0]
+    queries = parts[0].values.shape[1]
+    merged = _nobody(queries, kept)
+    together = max(1, len(parts) * MERGED_RANKS // ranks)
+    for first in range(0, queries, together):
+        some = slice(first, first + together)
+        fields = [
+            np.concatenate([field[:, some] for field in of_parts], axis=2)
+            for of_parts in zip(*parts, strict=True)
+        ]
+        values, sequences, tokens = fields
+        strength = np.where(np.isnan(values), -np.inf, np.abs(values))
+        order = np.lexsort((tokens, sequences, -strength), axis=2)[:, :, :k]
+        for into, field in zip(merged, fields, strict=True):
+            into[:, some, : order.shape[2]] = np.take_along_axis(field, order, axis=2)
+    return merged
+
+
+def _all_finite(rows: np.ndarray) -> np.ndarray:
+    """Find the rows without NaN and infinities, without an array of their size."""
+    return np.isfinite(rows.max(axis=1)) & np.isfinite(rows.min(axis=1))
+
+
+def _nobody(queries: int, ranks: int) -> Partners:
+    shape = (2, queries, ranks)
+    return Partners(np.full(shape, np.nan, np.float32), np.full(shape, -1), np.full(shape, -1))
 
 
 def strongest(products: np.ndarray, k: int, sign: int) -> tuple[np.ndarray, np.ndarray]:

@@ -135,6 +135,8 @@ def _read_arrays(path: Path, layout: Mapping[str, Any], count: int | None) -> xr
         drop_variables=list(layout["variables"]),
     ).load()
     del dataset.attrs["layout"]
+    if count is not None:
+        dataset = dataset.isel({EXAMPLE: slice(count)}, missing_dims="ignore")
     arrays = {}
     for name, spec in layout["variables"].items():
         attributes = {"source_dtype": BFLOAT16} if spec["dtype"] == BFLOAT16 else {}

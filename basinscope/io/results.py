@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,12 @@ from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
 from basinscope.io.location import local_path, require_place
+from basinscope.io.locks import lock_directory
 from basinscope.io.store import now, remove_partial_files, require_same_settings
+
+
+class ResultLockedError(OSError):
+    """Another process is computing this result."""
 
 
 def write_result(
@@ -56,20 +62,18 @@ def write_result(
         If it is below a file.
     StoreMismatchError
         If it holds a result of other settings; names each that differs.
+    ResultLockedError
+        If another process is computing it.
     """
     path = local_path(path)
     require_place(path)
     result = result.map_over_datasets(_storable)
-    if path.exists():
-        _require_same_result(path, settings)
-    else:
+    if not path.exists():
         _create(path, result, settings)
-    if zarr.open_group(path, mode="r").attrs.get("completed") != 1:
-        missing = list(_missing_blocks(path, result))
-        with progress_bar():
-            dask.base.compute(*missing)
-        remove_partial_files(path)  # of processes that were killed
-        zarr.open_group(path, mode="r+").update_attributes({"completed": 1, "finished_at": now()})
+    _require_same_result(path, settings)
+    if not _is_completed(path):
+        with _locked(path):
+            _complete(path, result)
     return xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
 
 
@@ -123,7 +127,10 @@ def _require_same_result(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> None:
-    """Write metadata, coordinates and small variables, then move them into place in one step."""
+    """Write metadata, coordinates and small variables, then move them into place in one step.
+
+    A process that loses a race leaves the winner's result as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     described = result.copy()
@@ -137,6 +144,9 @@ def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> Non
             encoding={n.path: _encoding(n.to_dataset(inherit=False)) for n in result.subtree},
         )
         draft.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -151,6 +161,35 @@ def _encoding(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
             fill = np.nan if variable.dtype.kind == "f" else 0
             encoding[str(name)] |= {"chunks": chunks, "fill_value": fill}
     return encoding
+
+
+def _is_completed(path: Path) -> bool:
+    return zarr.open_group(path, mode="r").attrs.get("completed") == 1
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a result for this process; workers that write its blocks need no lock."""
+    held = ResultLockedError(
+        f"{path} is being computed by another process: wait for it, then make the same call again, "
+        "which returns the result, or continues it if it was stopped"
+    )
+    descriptor = lock_directory(path, held)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _complete(path: Path, result: xr.DataTree) -> None:
+    """Compute and write the blocks that are missing; the caller holds the lock."""
+    if _is_completed(path):  # by the process that held the lock before
+        return
+    missing = list(_missing_blocks(path, result))
+    with progress_bar():
+        dask.base.compute(*missing)
+    remove_partial_files(path)  # of processes that were killed
+    zarr.open_group(path, mode="r+").update_attributes({"completed": 1, "finished_at": now()})
 
 
 def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:

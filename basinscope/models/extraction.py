@@ -374,7 +374,7 @@ def _eager_attention(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None
         yield
         return
     config: Any = model.config  # the models read it anew in every pass
-    kept = config._attn_implementation
+    kept = [(part, part._attn_implementation) for part in _configs(config)]
     with ExitStack() as hooks:
         for block in blocks:
             if "output_attentions" in signature(block.forward).parameters:
@@ -384,7 +384,16 @@ def _eager_attention(model: nn.Module, blocks: list[nn.Module]) -> Iterator[None
         try:
             yield
         finally:
-            config._attn_implementation = kept
+            for part, implementation in kept:
+                part._attn_implementation = implementation
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """Give a config, then those it holds, which transformers sets along with it."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _configs(part)
 
 
 def _ask_for_weights(module: nn.Module, args: Any, kwargs: Any) -> Any:

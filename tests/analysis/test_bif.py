@@ -260,6 +260,26 @@ def test_partners_are_those_of_brute_force_with_ties_in_order_of_place(
             assert str(list(zip(*fields, strict=True))) == str(expected), (query, name)
 
 
+@pytest.mark.parametrize("draw", [0, 5])
+def test_a_loss_that_is_infinite_is_nobodys_partner_and_takes_nobodys_place(draw: int) -> None:
+    tree = random_tree(0, chains=1, draws=24, tokens=16, observables={"a": 80})
+    losses = tree["loss_a"].values.copy()
+    losses[0, draw, 10, 3] = np.inf
+    tree["loss_a"] = tree["loss_a"].copy(data=losses)
+    options: dict[str, Any] = {"compute_covariance": True}
+    queries = [(sequence, position) for sequence in range(0, 80, 8) for position in (1, 9)]
+    with np.errstate(invalid="ignore"):
+        got = basinscope.compute_bif(tree, top_k=2, queries=queries, **options).compute()
+        dense = basinscope.compute_bif(tree, **options)["influences"].values
+    for number, (sequence, position) in enumerate(queries):
+        influences = dense[sequence, :, position - 1].copy()
+        influences[sequence, position - 1] = np.nan
+        ranked = np.sort(influences[np.isfinite(influences)])
+        found = got["influences"].isel(query=number)
+        close(found.sel(sign="positive"), ranked[:-3:-1])
+        close(found.sel(sign="negative"), ranked[:2])
+
+
 def test_cuda_without_torch_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_torch(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")

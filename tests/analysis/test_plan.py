@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -283,6 +284,29 @@ def test_a_result_that_is_streamed_reads_what_its_plan_says(
     with dask.config.set(scheduler="synchronous"):
         basinscope.compute_bif(path, **options, output_path=tmp_path / "r")
     require_reads(plan, sum(decoded))
+
+
+@pytest.mark.parametrize("limit", ["8MB", "12MB", "200MB"])
+@pytest.mark.parametrize("top_k", [10, 100, 300])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_partners_take_no_more_memory_than_planned(
+    streamed: bool, top_k: int, limit: str, tmp_path: Path
+) -> None:
+    tree = random_tree(1, chains=1, draws=50, steps=2, observables={"a": 96}, tokens=32)
+    path = write_tree(tree, tmp_path / "s", chunks=(1, 50, 8, 32))
+    options: dict[str, Any] = {"top_k": top_k, "queries": [(n, 1) for n in range(96)] * 4}
+    plan = plan_bif(path, memory_limit=limit, **options)
+    plan.validate(limit)
+    if streamed:
+        options["output_path"] = tmp_path / "r"
+    with dask.config.set(scheduler="threads"):
+        basinscope.compute_bif(path, top_k=1, output_path=tmp_path / "warm").compute()
+        tracemalloc.start()
+        got = basinscope.compute_bif(path, memory_limit=limit, **options)
+        result = 0 if streamed else got.compute().nbytes  # which comes on top
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak - result <= plan.peak_memory
 
 
 @pytest.mark.parametrize(

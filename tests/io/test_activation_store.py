@@ -200,6 +200,17 @@ def test_an_incomplete_store_says_how_far_it_is(tmp_path: Path) -> None:
         require_examples(path, 32, allow_incomplete=True)
 
 
+def test_an_incomplete_store_has_the_coordinates_of_its_examples(tmp_path: Path) -> None:
+    path, numbers = tmp_path / "a.zarr", np.arange(70) * 3
+    made = writer(path, 70, coords={**COORDS, "example": numbers})
+    fill(made, 33)
+    made.close()
+    tree = open_activations(path, allow_incomplete=True)
+    np.testing.assert_array_equal(tree["example"], numbers[:32])
+    np.testing.assert_array_equal(tree["position"], COORDS["position"])
+    np.testing.assert_array_equal(tree["half"], examples(0, 32)["half"])
+
+
 def test_only_what_is_really_on_disk_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     stop_after(path, 70, 64)

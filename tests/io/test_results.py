@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,8 @@ import pytest
 import xarray as xr
 import zarr
 
-from basinscope.io.results import begun_chunks, digest, write_result
+from basinscope.io.locks import lock_directory
+from basinscope.io.results import ResultLockedError, begun_chunks, digest, write_result
 from basinscope.io.store import StoreMismatchError
 
 SETTINGS = {"kind": "test", "options": {"covariance": False, "rows": [1, 2]}}
@@ -137,6 +141,69 @@ def test_what_appears_at_the_path_is_all_there_but_the_blocks(
         assert tree.attrs["settings"] == SETTINGS
         assert tree["sub"]["sign"].values.tolist() == ["positive", "negative", "none"]
         assert np.isnan(tree["even"]).all()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {"kind": "other"}])
+def test_a_process_that_loses_a_race_takes_the_winners_result_if_it_is_the_same(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, to_zarr, calls = tmp_path / "r.zarr", xr.DataTree.to_zarr, list[Any]()
+
+    def slow(*args: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        write_result(lazy_result(), path, SETTINGS)  # as another process meanwhile
+        to_zarr(*args, **options)
+
+    monkeypatch.setattr(xr.DataTree, "to_zarr", slow)
+    if settings == SETTINGS:
+        require_numbers(write_result(lazy_result(calls), path, settings))
+    else:
+        with pytest.raises(StoreMismatchError, match="kind: the store has 'test', this call has"):
+            write_result(lazy_result(calls), path, settings)
+    assert calls == []
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_a_result_that_another_process_computes_is_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.zarr"
+    code = f"""
+import time
+from pathlib import Path
+import dask
+from basinscope.io import results
+from tests.io.test_results import SETTINGS, lazy_result
+def slow(values, chunks):
+    yield b"half a block"
+    print("writing", flush=True)
+    time.sleep(60)
+results._padded_rows = slow
+dask.config.set(scheduler="synchronous")
+results.write_result(lazy_result(), Path({str(path)!r}), SETTINGS)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "writing\n"
+        before, calls = set(contents(path)), list[Any]()
+        with pytest.raises(ResultLockedError, match=rf"{path} is being computed.*wait for it"):
+            write_result(lazy_result(calls), path, SETTINGS)
+        assert any(file.suffix == ".partial" for file in before)
+        assert (before <= set(contents(path)), calls) == (True, [])
+    finally:
+        holder.kill()
+        holder.communicate()
+    require_numbers(write_result(lazy_result(), path, SETTINGS))
+    assert not list(path.rglob("*.partial"))
+
+
+def test_a_finished_result_is_read_whoever_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.zarr"
+    write_result(lazy_result(), path, SETTINGS)
+    descriptor = lock_directory(path, AssertionError("it was not let go of"))
+    try:
+        require_numbers(write_result(lazy_result(), path, SETTINGS))
+    finally:
+        os.close(descriptor)
 
 
 @pytest.mark.parametrize("stopped", [True, False])

@@ -98,6 +98,27 @@ def test_attention_patterns_are_the_models_own(name: str) -> None:
     torch.testing.assert_close(cache["attn_pattern_L1H2"], patterns[1][:, 2, [2, -1]])
 
 
+@pytest.mark.parametrize("text", ["eager", "sdpa"])
+def test_every_part_of_a_model_has_its_own_attention_again(text: str) -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration._from_config(
+        Gemma3Config(
+            text_config={**CONFIGS["gemma3_text"], "vocab_size": VOCABULARY}, vision_config=vision,
+            mm_tokens_per_image=4, image_token_index=61, boi_token_index=62, eoi_token_index=63,
+        ),
+        attn_implementation={"": "sdpa", "text_config": text, "vision_config": "eager"},
+    ).eval()  # fmt: skip
+    extract(model, ids().clamp(max=60), config("attn_pattern"))
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    assert [part._attn_implementation for part in parts] == ["sdpa", text, "eager"]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "opt"])
 def test_queries_keys_and_values_are_what_the_projections_give(name: str) -> None:
     model = tiny(name)
