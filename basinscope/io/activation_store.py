@@ -46,7 +46,7 @@ from basinscope.io.location import local_path, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
-    read_store,
+    read_tree,
     remove_partial_files,
     require_same_settings,
 )
@@ -107,7 +107,7 @@ def open_activations(
             )
     tree = xr.DataTree(_read_arrays(path, layout, count))
     if layout["unembedding"]:
-        tree["unembedding"] = xr.DataTree(read_store(path / "unembedding").to_dataset())
+        tree["unembedding"] = xr.DataTree(read_tree(path / "unembedding").to_dataset())
     return tree
 
 

@@ -95,6 +95,14 @@ def require_store(path: str | os.PathLike[str]) -> Path:
 
 def read_store(path: Path) -> xr.DataTree:
     """Open a store that is known to be one, without a word about its gaps."""
+    tree = read_tree(path)
+    records = len(tree["chains"].children) if "chains" in tree.children else 0
+    tree.dataset = _numbered(tree.dataset, records)
+    return tree
+
+
+def read_tree(path: Path) -> xr.DataTree:
+    """Open a Zarr group, its arrays as Dask arrays that read what is needed of a chunk's file."""
     with _explained(path):
         tree = xr.open_datatree(path, engine="zarr", consolidated=False)
     dataset = tree.dataset
@@ -103,8 +111,7 @@ def read_store(path: Path) -> xr.DataTree:
         for name, variable in dataset.data_vars.items()
         if (stored := stored_at(path, variable))
     }
-    records = len(tree["chains"].children) if "chains" in tree.children else 0
-    tree.dataset = _numbered(dataset.assign(read_in_parts), records)
+    tree.dataset = dataset.assign(read_in_parts)
     return lazy(tree)
 
 
