@@ -101,7 +101,12 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module 'basinscope' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    try:
+        value = getattr(importlib.import_module(home), name)
+    except ModuleNotFoundError as error:
+        from basinscope.report.console import explain_missing
+
+        raise ModuleNotFoundError(explain_missing(error), name=error.name) from error
     globals()[name] = value
     return value
 

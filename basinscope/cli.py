@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from basinscope import (
+    __version__,
     cli_activations,
     cli_analysis,
     cli_attribution,
@@ -18,6 +19,7 @@ from basinscope import (
     cli_extract,
     cli_lens,
 )
+from basinscope.cli_analysis import refuse_other_kinds
 from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
 
 if TYPE_CHECKING:
@@ -40,6 +42,22 @@ StorePath = Annotated[Path, typer.Argument(help="A sampling store (a .zarr direc
 def main() -> None:
     """Run the command line."""
     app()
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        out.print(f"basinscope {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take options that stand before any command."""
 
 
 @app.command()
@@ -66,12 +84,13 @@ def sample(
     chains: Annotated[
         str | None, typer.Option(help="Only these chains, as FIRST:END (for array jobs).")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that run chains.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that run chains.")] = None,
     chains_at_once: Annotated[
-        int | None, typer.Option(help="Chains side by side in threads of one process, on a CPU.")
+        int | None,
+        typer.Option(min=1, help="Chains side by side in threads of one process, on a CPU."),
     ] = None,
     checkpoint_every: Annotated[
-        int | None, typer.Option(help="Draws between checkpoints of a chain.")
+        int | None, typer.Option(min=1, help="Draws between checkpoints of a chain.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     profile: Annotated[
@@ -102,8 +121,13 @@ def sample(
         complete = tree.attrs.get("completed") == 1
         failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
         failed |= complete and bool(tree.attrs.get("failed_chains"))
-        state = "complete" if complete else "not complete yet: other chains are to be sampled"
-        out.print(f"{path} is {state}. Next: basinscope llc {path}", soft_wrap=True)
+        if not complete:
+            state = "not complete yet: other chains are to be sampled. Next: basinscope info"
+        elif len(tree.attrs.get("failed_chains", ())) == tree.sizes["chain"]:
+            state = "complete, but no chain of it can be analysed. See basinscope info"
+        else:
+            state = "complete. Next: basinscope llc"
+        out.print(escape(f"{path} is {state} {path}"), soft_wrap=True)
     if failed:
         raise typer.Exit(CHAIN_FAILED)
 
@@ -125,7 +149,7 @@ def info(store: StorePath) -> None:
         from basinscope.io.store import SampleStore, open_store, total_seconds
         from basinscope.report.tables import arrays_table, chains_table, phases_table
 
-        _refuse_other_kinds(store)
+        refuse_other_kinds(store)
         tree = open_store(store)
         attributes = tree.attrs
         out.print(
@@ -149,31 +173,6 @@ def info(store: StorePath) -> None:
             if seconds := total_seconds(records):
                 out.print()
                 out.print(phases_table(seconds))
-
-
-def _refuse_other_kinds(store: Path) -> None:
-    """Say what a store is that holds no samples, and what shows it."""
-    from basinscope.io.activation_index import STORE
-    from basinscope.io.activation_layout import KIND
-    from basinscope.io.attributions_layout import is_attribution_store
-    from basinscope.io.chunked import read_attributes
-
-    attributes = read_attributes(store)
-    if attributes.get("kind") == KIND or (store / STORE).is_dir():
-        what = f"a store of activations: see it with basinscope activations show {store}"
-    elif is_attribution_store(attributes):
-        what = (
-            f"a store of attributions: see it with basinscope attribute report {store} -o "
-            "page.html, or ask it with basinscope attribute top"
-        )
-    elif {"settings", "computed_at"} <= attributes.keys():
-        what = (
-            f"the result of an analysis: open it in Python with xarray.open_datatree('{store}', "
-            "engine='zarr', consolidated=False)"
-        )
-    else:
-        return
-    raise ValueError(f"{store} is {what}")
 
 
 @app.command()
@@ -228,13 +227,15 @@ def _show_verification(found: Verification) -> None:
 def report(
     store: StorePath,
     output: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+    burn_in: Annotated[int, typer.Option(help="Steps to leave out of every chain.")] = 0,
 ) -> None:
     """Write a page about a sampling store: its LLC, its chains, where single tokens move."""
     with readable_errors(), short_warnings():
         from basinscope.io.store import open_store
         from basinscope.report.samples_page import samples_page
 
-        samples_page(open_store(store), output, str(store))
+        refuse_other_kinds(store)
+        samples_page(open_store(store), output, str(store), burn_in=burn_in)
         out.print(f"written to {output}", soft_wrap=True)
 
 

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
+from basinscope.report.console import (
+    err,
+    out,
+    print_json,
+    readable_errors,
+    require_one_of,
+    short_warnings,
+)
 from basinscope.report.numbers import GRAMMAR, parse_numbers
 
 if TYPE_CHECKING:
@@ -62,12 +69,16 @@ def llc(
         from basinscope.analysis.llc import compute_llc, plan_of_llc
         from basinscope.report.tables import llc_figures
 
+        refuse_other_kinds(*stores)
         if output is not None or profile is not None:
             _require_distinct(stores)
         options: dict[str, Any] = {"burn_in": burn_in, "allow_incomplete": allow_incomplete}
+        settings = {"llc": options, "stores": [str(store) for store in stores]}
         if dry_run:
             _show_plans({str(s): plan_of_llc(s, **options) for s in stores}, as_json)
             return
+        if output is not None:
+            _require_free(output, settings)
         found: list[dict[str, Any]] = []
         estimates: dict[str, xr.Dataset] = {}
         for store in stores:
@@ -87,7 +98,7 @@ def llc(
                 if len(stores) == 1
                 else xr.DataTree.from_dict(estimates),
                 output,
-                {"llc": options, "stores": [str(store) for store in stores]},
+                settings,
             )
         if as_json:
             print_json(found[0] if len(found) == 1 else found)
@@ -108,7 +119,7 @@ def bif(
         bool, typer.Option("--covariance", help="Covariance instead of correlation.")
     ] = False,
     top_k: Annotated[
-        int | None, typer.Option(help="Only the strongest partners of each query token.")
+        int | None, typer.Option(min=1, help="Only the strongest partners of each query token.")
     ] = None,
     query: Annotated[
         list[str] | None,
@@ -132,6 +143,15 @@ def bif(
         from basinscope.analysis.bif import compute_bif, plan_bif
         from basinscope.report.tables import influence_pairs, influence_table, partner_table
 
+        require_one_of("--method", method, ("token", "sequence"))
+        require_one_of("--chains", chains, ("stack", "mean"))
+        if top_k is not None and (method != "token" or average):
+            raise ValueError("--top-k goes neither with --method sequence nor with --average")
+        if query and top_k is None:
+            raise ValueError("--query asks for the strongest partners of tokens: give --top-k too")
+        if (device or "").startswith("cuda"):
+            import torch  # noqa: F401
+        refuse_other_kinds(store)
         options: dict[str, Any] = {
             "correlation_method": method,
             "reduce_chain_dimension_method": chains,
@@ -151,8 +171,6 @@ def bif(
             _show_plans({str(store): plan()}, as_json)
             return
         between_tokens = method == "token" and not average and top_k is None
-        if query and between_tokens:
-            raise ValueError("--query asks for the strongest partners of tokens: give --top-k too")
         if between_tokens and output is None:
             raise ValueError(
                 "influence between all tokens has four dimensions: write it with --out, or ask "
@@ -214,6 +232,7 @@ def susceptibilities(
         from basinscope.report.tables import susceptibility_figures, susceptibility_table
 
         restrictions = parse_restrictions(stores)
+        refuse_other_kinds(*restrictions.values())
         options: dict[str, Any] = {
             "observable_names": observable or None,
             "include_sampling_task": include_task,
@@ -268,6 +287,35 @@ def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
     return dict(pairs)
 
 
+def refuse_other_kinds(*stores: Path) -> None:
+    """Say of stores that hold no samples what they are, and what shows them."""
+    for store in stores:
+        if what := _other_kind(store):
+            raise ValueError(f"{store} is {what}")
+
+
+def _other_kind(store: Path) -> str | None:
+    from basinscope.io.activation_index import STORE
+    from basinscope.io.activation_layout import KIND
+    from basinscope.io.attributions_layout import is_attribution_store
+    from basinscope.io.chunked import read_attributes
+
+    attributes = read_attributes(store)
+    if attributes.get("kind") == KIND or (store / STORE).is_dir():
+        return f"a store of activations: see it with basinscope activations show {store}"
+    if is_attribution_store(attributes):
+        return (
+            f"a store of attributions: see it with basinscope attribute report {store} -o "
+            "page.html, or ask it with basinscope attribute top"
+        )
+    if {"settings", "computed_at"} <= attributes.keys():
+        return (
+            f"the result of an analysis: open it in Python with xarray.open_datatree('{store}', "
+            "engine='zarr', consolidated=False)"
+        )
+    return None
+
+
 def _parse_query(text: str) -> tuple[int, int]:
     sequence, _, position = text.partition(":")
     try:
@@ -278,23 +326,37 @@ def _parse_query(text: str) -> tuple[int, int]:
 
 def _show_llc(estimate: xr.Dataset) -> None:
     from basinscope.report.tables import (
-        FIRST_DRAW_CAVEAT,
-        against_first_draw,
+        llc_notes,
         llc_table,
+        observables_notes,
         observables_table,
     )
 
     out.print(llc_table(estimate))
-    out.print(
-        f"\nR-hat {float(estimate['rhat']):.3f}, effective sample size "
-        f"{float(estimate['ess_bulk']):.0f} of {estimate['loss_trace'].size} steps. "
-        "± is the standard error; trust it once R-hat is below 1.01."
-    )
+    out.print()
+    for note in llc_notes(estimate):
+        out.print(note)
     if observables := observables_table(estimate):
         out.print()
         out.print(observables)
-    if against_first_draw(estimate):
-        out.print(FIRST_DRAW_CAVEAT)
+    for note in observables_notes(estimate):
+        out.print(note)
+
+
+def _require_free(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse a place that the result cannot be written to, before any work."""
+    from basinscope.io.chunked import read_attributes
+    from basinscope.io.location import local_path, require_place
+    from basinscope.io.store import require_same_settings
+
+    path = local_path(output)
+    require_place(path)
+    if not path.exists():
+        return
+    stored = read_attributes(path).get("settings")
+    if stored is None:
+        raise FileExistsError(f"{path} exists and is no result: choose another place with --out")
+    require_same_settings(path, stored, settings)
 
 
 def _require_distinct(stores: Sequence[Path]) -> None:
@@ -315,8 +377,14 @@ def _running_on(threads: int | None, scheduler: str | None) -> Iterator[None]:
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads}: give 1 or more")
     if scheduler is None:
-        with dask.config.set(num_workers=threads) if threads else nullcontext():
-            yield
+        from basinscope.analysis.plan import PlanError
+
+        try:
+            with dask.config.set(num_workers=threads) if threads else nullcontext():
+                yield
+        except PlanError as error:
+            fewer = ", --threads 1" if "num_workers=1" in str(error) else ""
+            raise PlanError(f"{error}. From the shell: --memory-limit{fewer}") from error
         return
     from distributed import Client
 

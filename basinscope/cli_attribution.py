@@ -11,7 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from basinscope.report.console import out, print_json, readable_errors, short_warnings
+from basinscope.report.console import (
+    out,
+    print_json,
+    readable_errors,
+    require_one_of,
+    short_warnings,
+)
 
 if TYPE_CHECKING:
     from basinscope.analysis.attribution import Attribution, AttributionStore
@@ -89,7 +95,7 @@ def run(
 ) -> None:
     """Harvest attributions over a data set. The same command continues a stopped run."""
     with readable_errors(), short_warnings():
-        _require_one_of("--components", components, ("neurons", "singular"))
+        require_one_of("--components", components, ("neurons", "singular"))
 
         from basinscope.attribution.harvest import harvest_attributions
         from basinscope.io.attributions import StoredAttributions
@@ -215,11 +221,6 @@ def _opened(store: Path, tokenizer: str | None) -> AttributionStore:
     from basinscope.sampling.loading import load_tokenizer
 
     return AttributionStore(store, None if tokenizer is None else load_tokenizer(tokenizer))
-
-
-def _require_one_of(option: str, given: str, valid: tuple[str, ...]) -> None:
-    if given not in valid:
-        raise ValueError(f"{option} {given!r}: choose of {', '.join(valid)}")
 
 
 def _table(entries: list[Attribution]) -> Table:

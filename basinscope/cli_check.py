@@ -16,10 +16,12 @@ FOUND_WARNINGS = 1  # exit code of a check that found something to change first
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML file, as basinscope sample takes it.")],
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass, at least 2.")] = 4,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the file's.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Look at a run's model and data before sampling; samples and writes nothing.
+    """Look at a run's file, model and data before sampling; samples and writes nothing.
 
     Exit code 0 without warnings (notes are fine), 1 with some, 2 if the file is wrong. So
     "basinscope check RUN.yaml && basinscope sample RUN.yaml" samples only what is sound.

@@ -76,11 +76,21 @@ def extract(
             save_unembedding=unembedding,
         )
         gigabytes = tree.nbytes / 1e9
+        following = _following(kinds, output, model, unembedding)
         out.print(
             f"{output}: {len(tree.data_vars)} arrays of {len(dataset):,} sequences, "
-            f"{gigabytes:,.2f} GB. Next: basinscope lens {output}",
+            f"{gigabytes:,.2f} GB. Next: basinscope {following}",
             soft_wrap=True,
         )
+
+
+def _following(kinds: list[str], output: Path, model: str, unembedding: bool) -> str:
+    """The command that shows what was stored."""
+    stream = next((kind for kind in ("resid_out", "resid_mid", "resid_in") if kind in kinds), None)
+    if stream is None:
+        return f"activations show {output}"
+    chosen = "" if stream == "resid_out" else f" --stream {stream}"
+    return f"lens {output}{chosen}{'' if unembedding else f' --model {model}'}"
 
 
 def _refuse_unknown(kinds: list[str]) -> None:

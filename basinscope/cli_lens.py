@@ -149,6 +149,7 @@ def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:
     """The lens of the store, or else of its model."""
     from basinscope.analysis.lens_inputs import model_name
     from basinscope.lens import LogitLens
+    from basinscope.sampling.loading import load_model
 
     if "unembedding" in tree.children:
         return LogitLens.from_store(store)
@@ -157,7 +158,7 @@ def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:
             f"{store} holds no unembedding: give its model with --model NAME (it says it is of "
             f"{model_name(tree.to_dataset()) or 'no model'})"
         )
-    return LogitLens.from_model_name(model)
+    return LogitLens.from_model(load_model(model).eval())
 
 
 def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:

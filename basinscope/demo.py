@@ -132,9 +132,9 @@ def run_demo(out: Path, quick: bool) -> None:
     _report(console, tree, scale)
 
     _stage(console, "5  Figures")
-    for path in save_figures(tree, out / "figures"):
+    for path in save_figures(tree, out / "figures", burn_in=scale.num_burnin_steps):
         console.print(f"  [cyan]{path}[/]", soft_wrap=True)
-    _point_onwards(console, out, time.perf_counter() - started)
+    _point_onwards(console, out, scale, time.perf_counter() - started)
 
 
 def _stage(console: Console, title: str) -> None:
@@ -281,21 +281,18 @@ def _sample(
 def _report(console: Console, tree: xr.DataTree, scale: Scale) -> None:
     import basinscope
     from basinscope.report.figures import observables_of
-    from basinscope.report.tables import llc_table
+    from basinscope.report.tables import llc_notes, llc_table
 
-    llc = basinscope.compute_llc(tree).compute()
-    settled = basinscope.compute_llc(tree, burn_in=scale.num_burnin_steps, observables=[])
-    judged = settled[["rhat", "ess_bulk"]].compute()
+    burn_in = scale.num_burnin_steps
+    llc = basinscope.compute_llc(tree, burn_in=burn_in, observables=[]).compute()
     console.print(llc_table(llc))
     console.print(
-        f"\nR-hat [bold]{float(judged.rhat):.3f}[/], effective sample size "
-        f"[bold]{float(judged.ess_bulk):.0f}[/], spread between chains "
-        f"[bold]{float(llc.llc_std):.1f}[/]."
+        "\nIt is n_beta times the mean rise of the loss where the chains walk: the sharper the "
+        "basin, the higher. The burn-in, in which they get there, is left out.\n"
     )
-    console.print(
-        "It is n_beta times the mean rise of the loss where the chains walk: the sharper the "
-        "basin, the higher. Its ± is the standard error; with R-hat near 1 the chains agree.\n"
-    )
+    for note in llc_notes(llc):
+        console.print(note)
+    console.print()
     for name in observables_of(tree):
         before, after = (float(tree[f"{losses}_{name}"].mean()) for losses in ("init_loss", "loss"))
         console.print(
@@ -304,12 +301,12 @@ def _report(console: Console, tree: xr.DataTree, scale: Scale) -> None:
         )
 
 
-def _point_onwards(console: Console, out: Path, seconds: float) -> None:
+def _point_onwards(console: Console, out: Path, scale: Scale, seconds: float) -> None:
     store = out / "samples.zarr"
     console.print(f"\nAll in [cyan]{out}[/], after {seconds:.0f} s. Next, you could try")
     for command in (
         f"basinscope info {store}",
-        f"basinscope llc {store}",
+        f"basinscope llc {store} --burn-in {scale.num_burnin_steps}",
         f"python -c \"import basinscope; print(basinscope.open_store('{store}'))\"",
     ):
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True)

@@ -65,6 +65,10 @@ def test_a_page_about_a_store(folder: Path) -> None:
     done = invoke("report", store, "--out", page)
     assert done.exit_code == 0, done.output
     assert "GPTNeoXForCausalLM" in page.read_text()
+    assert "Leaves out" not in page.read_text()
+    settled = folder / "settled.html"
+    assert invoke("report", store, "--burn-in", 2, "--out", settled).exit_code == 0
+    assert "Leaves out the first 2 steps of each chain." in settled.read_text()
     again = invoke("report", store, "--out", page)
     assert again.exit_code == 2
     assert "left as it is" in again.output
@@ -76,6 +80,7 @@ def test_chains_of_an_array_job_make_one_store(folder: Path) -> None:
     first = invoke("sample", plan, "--chains", "0:2")
     assert first.exit_code == 0, first.output
     assert "not complete yet" in first.output
+    assert f"Next: basinscope info {store}" in flat(first)
     states = [record["state"] for record in SampleStore(store).records().values()]
     assert states == ["done", "done", "pending"]
     assert "pending" in invoke("info", store).output
@@ -123,6 +128,7 @@ def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
     done = invoke("sample", plan, "--out", folder / "wild.zarr")
     assert done.exit_code == CHAIN_FAILED
     assert "3 of 3 chains failed" in done.output.replace("\n", " ")
+    assert f"no chain of it can be analysed. See basinscope info {folder}" in flat(done)
     again = invoke("sample", plan, "--out", folder / "wild.zarr")  # complete: nothing to do
     assert again.exit_code == CHAIN_FAILED
     assert "failed" in invoke("info", folder / "wild.zarr").output
@@ -135,9 +141,17 @@ def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
     ("changes", "said"),
     [
         ({"sampler": {"n_beta": 10}}, "sampler needs lr"),
-        ({"sampler": {**SAMPLER, "lrr": 1}}, "unknown lrr"),
+        ({"sampler": {**SAMPLER, "lrr": 1}}, "unknown lrr: did you mean lr? It takes autocast,"),
         ({"sampler": {**SAMPLER, "batch_size": 0}}, "batch_size"),
-        ({"colour": "red"}, "unknown colour"),
+        ({"sampler": ["lr"]}, "sampler must be a mapping of name to value; got a list"),
+        ({"sampler": None}, "run.yaml lacks sampler"),
+        ({"colour": "red"}, "unknown colour. It takes dataset,"),
+        ({"model": ["model"]}, "model must be a directory or a name; got ['model']"),
+        ({"model": "models/none"}, "no model 'models/none': there is no such directory here, and"),
+        ({"restriction": ["l0", 1]}, "restriction must be one such as l0h1, or a list; got ['l0'"),
+        ({"output": 3}, "run.yaml, output: expected the path of a store"),
+        ({"observables": ["data"]}, "observables must be a mapping of name to path; got a list"),
+        ({"observables": {3: "data"}}, "observables has the name 3, no text: put it in quotes"),
         ({"dtype": "int4"}, "dtype must be one of"),
         ({"dataset": "nowhere"}, "run.yaml, dataset: '"),
         ({"dataset": "nowhere"}, "nowhere' does not exist: it must be a directory of Dataset"),
@@ -145,6 +159,8 @@ def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
         ({"dataset": {"path": 3}}, "dataset.path: expected the path of a data set"),
         ({"dataset": 3}, "dataset must be a path, or a mapping with 'path'; got 3"),
         ({"dataset": {"path": "text.txt", "max_length": 5}}, "is text, and no tokenizer was found"),
+        ({"dataset": {"path": "text.txt", "max_length": "5"}}, "dataset.max_length must be a"),
+        ({"observables": {"a": {"path": "data", "batches_per_draw": 0}}}, "a.batches_per_draw"),
         ({"dataset": {"max_length": 5}}, "dataset needs a path"),
         ({"observables": {"a": {"path": "data", "rows": 3}}}, "unknown rows"),
     ],
@@ -155,6 +171,31 @@ def test_a_bad_file_is_one_clear_error(folder: Path, changes: dict, said: str) -
     assert said in done.output.replace("\n", " ")
     assert "Traceback" not in done.output
     assert not (folder / "runs").exists()
+
+
+def test_a_wrong_file_is_found_before_its_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("basinscope.sampling.run_file.load_model", pytest.fail)
+    for changes in ({"dataset": "none"}, {"observables": {"a": "none"}}, {"sampler": {"lr": -1}}):
+        assert invoke("sample", write_plan(folder, **changes)).exit_code == 2
+    assert "is a directory: give the YAML file" in flat(invoke("sample", folder))
+
+
+def test_an_option_is_called_by_its_name(folder: Path) -> None:
+    store = folder / "s.zarr"
+    write_tree(random_tree(1), store)
+    for options, said in (
+        (["--chains", "0:1"], "--chains '0:1': choose of stack, mean"),
+        (["--method", "pearson"], "--method 'pearson': choose of token, sequence"),
+        (["--top-k", "2", "--average"], "--top-k goes neither with --method sequence nor with"),
+        (["--average", "--query", "1:2"], "--query asks for the strongest partners"),
+        (["--average", "--memory-limit", "10"], "From the shell: --memory-limit, --threads 1"),
+    ):
+        refused = invoke("bif", store, *options)
+        assert refused.exit_code == 2
+        assert said in flat(refused)
+    assert "'--workers'" in invoke("sample", write_plan(folder), "--workers", 0).output
 
 
 def test_what_is_no_store_is_said_so(tmp_path: Path) -> None:
@@ -180,9 +221,16 @@ def test_info_says_what_holds_no_samples(folder: Path) -> None:
         (attributions, "is a store of attributions: see it with basinscope attribute report"),
         (folder / "bif.zarr", "is the result of an analysis: open it in Python with xarray.open"),
     ):
-        shown = invoke("info", path)
-        assert shown.exit_code == 2
-        assert said in shown.output.replace("\n", " ")
+        for command in (
+            ["info", path],
+            ["llc", path],
+            ["bif", path, "--average"],
+            ["susceptibilities", f"full={path}", "--task", "first"],
+            ["report", path, "-o", folder / "page.html"],
+        ):
+            shown = invoke(*command)
+            assert shown.exit_code == 2
+            assert said in flat(shown)
 
 
 def test_paths_of_a_run_file_may_be_in_a_home(
@@ -201,6 +249,7 @@ def test_help_names_every_command_and_doctor_the_paths() -> None:
     for command in ("demo", "sample", "llc", "info", "doctor"):
         assert command in shown
         assert invoke(command, "--help").exit_code == 0
+    assert invoke("--version").output == f"basinscope {basinscope.__version__}\n"
     doctor = invoke("doctor").output
     for word in ("torch", "numba", "cpu", "kernel path"):
         assert word in doctor
@@ -258,6 +307,24 @@ def test_stores_of_one_name_are_refused_before_any_work(
         assert refused.exit_code == 2
         assert "several stores have the same name, s: with --out and" in flat(refused)
         assert not (folder / "result").exists()
+
+
+def test_a_place_that_is_taken_is_refused_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, result = folder / "s.zarr", folder / "llc.zarr"
+    write_tree(random_tree(1), store)
+    for _ in range(2):  # the same result again
+        assert invoke("llc", store, "-o", result).exit_code == 0
+    monkeypatch.setattr("basinscope.analysis.llc.compute_llc", pytest.fail)
+    for place, options, said in (
+        (folder, (), "exists and is no result"),
+        (folder / "text.txt" / "llc.zarr", (), "text.txt is no directory"),
+        (result, ("--burn-in", 1), "the store has 0, this call has 1"),
+    ):
+        refused = invoke("llc", store, "-o", place, *options)
+        assert refused.exit_code == 2
+        assert said in flat(refused)
 
 
 @pytest.mark.parametrize("reference", ["checkpoint", "first draw"])

@@ -18,6 +18,7 @@ from basinscope.cli_check import FOUND_WARNINGS, check
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
+SAMPLER = {"lr": 1e-3, "n_beta": 10}
 app = typer.Typer()
 app.command()(check)
 
@@ -74,8 +75,35 @@ def test_a_wrong_file_is_told_from_a_warning(folder: Path) -> None:
     assert invoke(write(folder, dataset="known"), "--batch-size", "1").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sampler": {**SAMPLER, "lrr": 1}}, "unknown lrr: did you mean lr?"),
+        ({"sampler": {**SAMPLER, "lr": -1e-4}}, "lr (step size ε) must be a finite number above 0"),
+        ({"sampler": {**SAMPLER, "chains": "2:9"}}, "chains must name some of 0 to 3"),
+        ({"sampler": {**SAMPLER, "rmsprop_eps": 1}}, "it belongs to sampling_method"),
+        ({"sampler": {"lr": 1e-3}}, "sampler needs n_beta"),
+        ({"observables": {"code": "none"}}, "run.yaml, observables.code: '"),
+        ({"observables": ["known"]}, "observables must be a mapping of name to path; got a list"),
+    ],
+)
+def test_what_sampling_would_refuse_is_found_before_the_model_is_loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr("basinscope.sampling.run_file.load_model", pytest.fail)
+    done = invoke(write(folder, dataset="known", **changes))
+    assert done.exit_code == 2
+    assert said in " ".join(done.output.split())
+
+
+def test_the_device_is_the_runs_own(folder: Path) -> None:
+    plan = write(folder, dataset="known", sampler={**SAMPLER, "device": "foo"})
+    assert "device='foo' cannot be used here" in " ".join(invoke(plan).output.split())
+    assert invoke(plan, "--device", "cpu").exit_code == 0
+
+
 def write(folder: Path, **changes: Any) -> Path:
-    plan = {"model": "model", "sampler": {"lr": 1e-3, "n_beta": 10}, **changes}
+    plan = {"model": "model", "sampler": SAMPLER, **changes}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(plan))
     return path

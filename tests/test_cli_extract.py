@@ -10,6 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from basinscope import cli
 from basinscope.cli_extract import extract
 from basinscope.io.activation_store import open_activations
 from basinscope.models.extraction import ExtractionConfig
@@ -50,6 +51,24 @@ def test_the_usual_store_is_ready_for_a_lens(folder: Path) -> None:
     assert "weight" in tree["unembedding"]
 
 
+@pytest.mark.parametrize(
+    ("options", "following"),
+    [
+        ([], "lens {store}"),
+        (["--take", "resid_in"], "lens {store} --stream resid_in"),
+        (["--no-unembedding"], "lens {store} --model {model}"),
+        (["--take", "head_out", "--take", "logits"], "activations show {store}"),
+    ],
+)
+def test_the_command_that_it_names_next_runs(
+    folder: Path, options: list[str], following: str
+) -> None:
+    command = following.format(store=folder / "a.zarr", model=folder / "model")
+    done = " ".join(invoke(folder, *options).output.split())
+    assert done.endswith(f"Next: basinscope {command}")
+    assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
+
+
 @pytest.mark.parametrize("options", [("--layers", "0:2"), ("--layer", "1,0:1")])
 def test_layers_are_given_as_ranges_too(folder: Path, options: tuple[str, str]) -> None:
     done = invoke(folder, *options, "--position", "1:3,-1")
@@ -78,6 +97,12 @@ def test_a_wrong_option_is_one_clear_error(folder: Path, options: list[str], mes
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
     assert not (folder / "a.zarr").exists()
+
+
+def test_a_model_that_is_nowhere_is_named(folder: Path) -> None:
+    given = ["nomodel", str(folder / "data"), "-o", str(folder / "a.zarr")]
+    said = " ".join(CliRunner().invoke(app, given).output.split())
+    assert "no model 'nomodel': there is no such directory here, and from the hub it could" in said
 
 
 def invoke(folder: Path, *options: str) -> Result:

@@ -102,6 +102,14 @@ def test_tokens_as_text(folder: Path, tokenizer: str) -> None:
     assert "\\n·[b]" in table.output  # not taken for a style of the terminal
 
 
+def test_a_name_that_is_nowhere_is_said(folder: Path) -> None:
+    for store, option, what in (("full", "--tokenizer", "tokenizer"), ("bare", "--model", "model")):
+        refused = invoke(folder / f"{store}.zarr", option, "nope")
+        assert refused.exit_code == 2
+        said = " ".join(refused.output.split())
+        assert f"no {what} 'nope': there is no such directory here, and from the hub" in said
+
+
 def test_a_model_without_a_tokenizer_is_said_so_and_ids_are_shown(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
 
 from basinscope import demo
+from basinscope.cli import app
 from basinscope.demo import QUICK
+from tests.analysis.stores_random import random_tree, write_tree
 
 TINY = replace(QUICK, row_length=17, hidden_size=16, num_layers=1, train_steps=30)
 
@@ -100,6 +105,28 @@ def test_byte_losses_are_next_byte_cross_entropies() -> None:
     log_p = logits.log_softmax(-1).numpy()
     expected = [[-log_p[r, t, rows[r, t + 1]] for t in range(16)] for r in range(2)]
     np.testing.assert_allclose(demo.byte_losses(model, rows), expected, rtol=1e-5)
+
+
+def test_the_report_agrees_with_the_commands_that_come_next(tmp_path: Path) -> None:
+    tree = random_tree(
+        1, chains=4, draws=QUICK.num_draws, steps=QUICK.num_draws + QUICK.num_burnin_steps,
+        observables={"code": 3, "prose": 2}, init_losses=True,
+    )  # fmt: skip
+    tree.attrs["metadata"]["config"]["sampler"]["num_burnin_steps"] = QUICK.num_burnin_steps
+    store = write_tree(tree, tmp_path / "samples.zarr")
+    console = Console(width=100, record=True)
+    demo._report(console, tree, QUICK)
+    demo._point_onwards(console, tmp_path, QUICK, seconds=1)
+    said = console.export_text()
+    (command,) = re.findall(r"basinscope (llc .*)", said)
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "100"})
+    assert done.exit_code == 0, done.output
+    printed, _, on_observables = done.output.partition("LLC on observables")
+    assert on_observables
+    assert f"Leaves out the first {QUICK.num_burnin_steps} steps" in printed
+    figures = re.compile(r"[-+\d.]+")
+    assert set(figures.findall(printed)) <= set(figures.findall(said))
+    assert str(store) in command
 
 
 def test_a_folder_belongs_to_one_set_of_settings(tmp_path: Path) -> None:

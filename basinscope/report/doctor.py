@@ -10,6 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from basinscope.report.console import install_hint
+
 PACKAGES = (
     "basinscope", "numpy", "xarray", "dask", "zarr", "numcodecs", "torch", "triton", "numba",
     "datasets", "transformers", "matplotlib", "arviz-stats", "distributed",
@@ -24,7 +26,7 @@ def report(console: Console) -> None:
         import torch
     except ModuleNotFoundError:
         console.print("torch is not installed: stores can be analysed, not sampled.")
-        console.print("To sample: pip install 'basinscope[sampling]'", markup=False)
+        console.print(f"To sample: {install_hint('torch')}", markup=False, soft_wrap=True)
         return
     console.print(_devices())
     from basinscope.kernels.linear import uses_onednn

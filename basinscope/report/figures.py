@@ -23,7 +23,7 @@ SMOOTHED_SHARE = 1 / 10  # of a trace, averaged for the thick line
 MAX_BINS = 80
 
 
-def save_figures(tree: xr.DataTree, out: Path) -> list[Path]:
+def save_figures(tree: xr.DataTree, out: Path, *, burn_in: int = 0) -> list[Path]:
     """Draw every figure of a store and write them as PNG files.
 
     Parameters
@@ -32,6 +32,8 @@ def save_figures(tree: xr.DataTree, out: Path) -> list[Path]:
         A store of `basinscope.sample`, opened.
     out
         Folder for the files; made when missing.
+    burn_in
+        Steps to leave out at the start of every chain.
 
     Returns
     -------
@@ -41,7 +43,7 @@ def save_figures(tree: xr.DataTree, out: Path) -> list[Path]:
     """
     from basinscope.analysis.llc import compute_llc
 
-    llc = compute_llc(tree).compute()
+    llc = compute_llc(tree, burn_in=burn_in).compute()
     figures = {"loss_traces": loss_traces(llc), "running_llc": running_llc(llc)}
     if observables_of(tree):
         figures["token_loss_shift"] = token_loss_shift(tree)
@@ -67,7 +69,7 @@ def loss_traces(llc: xr.Dataset) -> Figure:
     """
     figure, (axes,) = _canvas("Loss along the chains")
     trace = _trace(llc)
-    steps = np.arange(1, trace.shape[1] + 1)
+    steps = 1 + _numbers(llc)
     width = max(1, round(trace.shape[1] * SMOOTHED_SHARE))
     for chain, colour, losses in _by_chain(llc, trace):
         smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
@@ -84,7 +86,9 @@ def loss_traces(llc: xr.Dataset) -> Figure:
         float(llc.init_loss), color=INK, linestyle="--", linewidth=1.2, label="at the checkpoint"
     )
     axes.set(
-        xlabel=llc.loss_trace.dims[1], ylabel="loss (nats per token)", xlim=(1, max(2, len(steps)))
+        xlabel=llc.loss_trace.dims[1],
+        ylabel="loss (nats per token)",
+        xlim=(steps[0], max(steps[0] + 1, steps[-1])),
     )
     axes.set_title(f"thin: each step; thick: mean of {width} steps", loc="left", fontsize=10)
     _legend_below(figure, axes)
@@ -103,8 +107,9 @@ def running_llc(llc: xr.Dataset) -> Figure:
     Returns
     -------
     Figure
-        A line per chain, their mean, and a band of one standard deviation over chains. The last
-        points are ``llc_per_chain``, ``llc_mean`` and ``llc_mean`` ± ``llc_std``.
+        A line per chain, their mean, and a band of one standard deviation over chains: their
+        spread, which is not the standard error. The last points are ``llc_per_chain``, ``llc_mean``
+        and ``llc_mean`` ± ``llc_std``.
     """
     figure, (axes,) = _canvas("Local learning coefficient (LLC)")
     trace = _trace(llc)
@@ -116,10 +121,16 @@ def running_llc(llc: xr.Dataset) -> Figure:
         axes.plot(
             steps, estimate, color=colour, linewidth=1.2, label=f"chain {chain}", gid=f"llc {chain}"
         )
-    axes.plot(steps, mean, color=INK, linewidth=2, label=f"mean ± std: {_plus_minus(mean, spread)}")
+    axes.plot(steps, mean, color=INK, linewidth=2, label=f"mean: {mean[-1]:.1f}")
     axes.axhline(0, color=INK, linewidth=0.6)
-    name = llc.loss_trace.dims[1]
-    axes.set(xlabel=f"{name}s averaged", ylabel="LLC estimate", xlim=(1, max(2, len(steps))))
+    axes.set_title(
+        f"band: spread between chains (std {spread[-1]:.1f} at the end)", loc="left", fontsize=10
+    )
+    name, before = llc.loss_trace.dims[1], int(_numbers(llc)[0])
+    skipped = f", after the first {before}" if before else ""
+    axes.set(
+        xlabel=f"{name}s averaged{skipped}", ylabel="LLC estimate", xlim=(1, max(2, len(steps)))
+    )
     _legend_below(figure, axes)
     return figure
 
@@ -243,8 +254,9 @@ def _by_chain(llc: xr.Dataset, lines: np.ndarray) -> Iterable[tuple[int, str, np
     return zip(llc["chain"].values.tolist(), colours, lines, strict=True)
 
 
-def _plus_minus(mean: np.ndarray, spread: np.ndarray) -> str:
-    return f"{mean[-1]:.1f} ± {spread[-1]:.1f}"
+def _numbers(llc: xr.Dataset) -> np.ndarray:
+    """The numbers of a trace's steps or draws in the store, from 0."""
+    return np.asarray(llc[llc.loss_trace.dims[1]])
 
 
 def _legend_below(figure: Figure, axes: Axes) -> None:

@@ -12,10 +12,12 @@ import xarray as xr
 from basinscope.report.figures import INK
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 MAX_POSITIONS = 64
+AT_ONCE = 16  # positions in a row, so that tokens can be read
 TOKEN_WIDTH = 9  # characters of a token that a cell shows
 FONT = "DejaVu Sans Mono"  # comes with matplotlib
 COLOURS = {
@@ -42,7 +44,7 @@ def lens_heat_map(
     input_ids: np.ndarray | None = None,
     title: str = "Logit lens",
 ) -> Figure:
-    """Draw a cell for each layer and position, with the top token in it.
+    """Draw a cell for each layer and position, with the top token in it, 16 positions in a row.
 
     Parameters
     ----------
@@ -92,20 +94,41 @@ def lens_heat_map(
         )
     if input_ids is not None and np.shape(input_ids) != (positions,):
         raise ValueError(f"input_ids have shape {np.shape(input_ids)}, not ({positions},)")
+    texts = np.array(
+        [["" if token < 0 else readable(words(int(token))) for token in row] for row in tokens]
+    )
+    labels = _position_labels(top, input_ids, words)
     colours = colormaps["Blues"].with_extremes(bad="#DDDDDD")
     scale = _scale(colour, values)
     inks = _inks(colours(scale(np.ma.masked_invalid(values))))
-    figure = Figure(
-        figsize=(1.9 + 0.78 * positions, max(3.0, 1.5 + 0.3 * layers)), layout="constrained"
-    )
+    rows, across = -(-positions // AT_ONCE), min(positions, AT_ONCE)
+    height = max(3.0, 0.5 + rows * (1.0 + 0.3 * layers))
+    figure = Figure(figsize=(1.9 + 0.78 * across, height), layout="constrained")
     figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=12, color=INK)
-    axes = figure.subplots()
-    image = axes.imshow(values, cmap=colours, norm=scale, aspect="auto", origin="lower")
-    for (layer, position), token in np.ndenumerate(tokens):
+    panels = figure.subplots(rows, squeeze=False)[:, 0].tolist()
+    for row, axes in enumerate(panels):
+        part = slice(row * AT_ONCE, (row + 1) * AT_ONCE)
+        image = axes.imshow(
+            values[:, part], cmap=colours, norm=scale, aspect="auto", origin="lower"
+        )
+        _write(axes, texts[:, part], inks[:, part])
+        _rule(axes, [str(n) for n in top["layer"].to_numpy()], labels[part])
+        axes.set_xlim(-0.5, across - 0.5)  # a last row of fewer has cells as wide
+    panels[-1].set_xlabel("position")
+    bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=25 * rows)
+    if colour == "rank":
+        bar.set_ticks([n for n in RANKS if n <= (scale.vmax or 0)])
+    bar.set_label(COLOURS[colour])
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _write(axes: Axes, texts: np.ndarray, inks: np.ndarray) -> None:
+    for (layer, position), text in np.ndenumerate(texts):
         axes.text(
             position,
             layer,
-            "" if token < 0 else readable(words(int(token))),
+            text,
             ha="center",
             va="center",
             color=inks[layer, position],
@@ -113,22 +136,20 @@ def lens_heat_map(
             fontsize=8,
             parse_math=False,
         )
-    axes.set(xlabel="position", ylabel="layer")
-    axes.set_yticks(range(layers), labels=[str(n) for n in top["layer"].to_numpy()])
-    axes.set_xticks(range(positions), labels=_position_labels(top, input_ids, words))
+
+
+def _rule(axes: Axes, layers: list[str], positions: list[str]) -> None:
+    """Label the cells and draw white lines between them."""
+    axes.set_ylabel("layer")
+    axes.set_yticks(range(len(layers)), labels=layers)
+    axes.set_xticks(range(len(positions)), labels=positions)
     for label in axes.get_xticklabels():
         label.set(fontfamily=FONT, fontsize=8, parse_math=False)
-    axes.set_xticks(np.arange(positions + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
+    axes.set_xticks(np.arange(len(positions) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(layers) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=25)
-    if colour == "rank":
-        bar.set_ticks([n for n in RANKS if n <= (scale.vmax or 0)])
-    bar.set_label(COLOURS[colour])
-    bar.outline.set_visible(False)
-    return figure
 
 
 def readable(text: str, width: int = TOKEN_WIDTH) -> str:

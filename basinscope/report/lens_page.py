@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from basinscope.report.lens_figures import COLOURS, lens_heat_map
+from basinscope.report.lens_figures import AT_ONCE, COLOURS, lens_heat_map
 from basinscope.report.page import image, section, write_page
 
 OF_TOKENS = ("probability", "logit")
-AT_ONCE = 16  # positions in a row, so that tokens can be read
 
 
 def lens_page(

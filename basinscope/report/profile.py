@@ -14,6 +14,7 @@ import psutil
 
 from basinscope.analysis.plan import Plan
 from basinscope.io.location import local_path, require_place
+from basinscope.report.console import install_hint
 
 IO_COUNTERS = Path("/proc/self/io")
 
@@ -115,5 +116,5 @@ def _require_bokeh() -> None:
         import bokeh  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "profiles are drawn with bokeh: pip install 'basinscope[distributed]'"
+            f"profiles are drawn with bokeh: {install_hint('bokeh')}"
         ) from error

@@ -12,11 +12,17 @@ import zarr
 from rich.markup import escape
 from rich.table import Table
 
+from basinscope.analysis.diagnostics import SharedBatches, error_of_rise
 from basinscope.analysis.plan import Plan
+from basinscope.io import dims
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING
 
 COLOURS = {DONE: "green", FAILED: "red", PENDING: "dim", RUNNING: "cyan", "interrupted": "yellow"}
 
+OBSERVABLES = (
+    "On an observable: nβ times the rise of its loss along chains that follow the sampling data "
+    "alone; it measures no basin of the observable's own, and may be negative."
+)
 FIRST_DRAW = "first draw"  # an LLC's attribute "reference"; the other one is "checkpoint"
 FIRST_DRAW_CAVEAT = (
     "Against the first draw, where the store has no loss of the observable at the checkpoint: what "
@@ -42,18 +48,76 @@ def llc_table(llc: xr.Dataset) -> Table:
     ):
         table.add_row(f"{chain}", f"{initial + rise:.4f}", f"{rise:+.4f}", f"{value:.2f}")
     table.add_section()
-    error = f"[bold]{float(llc['llc_mean']):.2f}[/] ± {llc_error(llc):.2f}"
+    figure = f"[bold]{float(llc['llc_mean']):.2f}[/] ± {error_text(llc_error(llc), 2)}"
     overall = float(rises.mean())
-    table.add_row("all", f"{initial + overall:.4f}", f"{overall:+.4f}", error)
+    table.add_row("all", f"{initial + overall:.4f}", f"{overall:+.4f}", figure)
     return table
+
+
+def error_text(error: float, digits: int) -> str:
+    """Write a standard error; where it is NaN, with the reason."""
+    return f"{error:.{digits}f}" + (" (too few steps)" if np.isnan(error) else "")
+
+
+def llc_notes(llc: xr.Dataset) -> list[str]:
+    """Say in plain sentences how far an LLC can be trusted, and which steps it counts.
+
+    Parameters
+    ----------
+    llc : xr.Dataset
+        As for :func:`llc_table`.
+    """
+    drift, error = llc_drift(llc)
+    return [
+        f"R-hat {float(llc['rhat']):.3f}, effective sample size {float(llc['ess_bulk']):.0f} of "
+        f"{llc['loss_trace'].size} {llc['loss_trace'].dims[1]}s, drift {drift:+.2f} ± {error:.2f}.",
+        "± is the standard error. An R-hat below 1.01 says that the chains agree; a drift (second "
+        "half minus first) far beyond its error, that they have not arrived. Fewer than about 100 "
+        "effective samples are too few to judge.",
+        *_note_of_burn_in(llc),
+    ]
+
+
+def _note_of_burn_in(llc: xr.Dataset) -> list[str]:
+    row = llc["loss_trace"].dims[1]
+    numbers = llc[row].to_numpy()
+    burn_in = int(_sampler(llc).get("num_burnin_steps", 0)) if row == dims.STEP else 0
+    if counted := np.count_nonzero(numbers < burn_in):
+        return [
+            f"Counts {counted} burn-in steps of each chain; --burn-in {burn_in} leaves them out."
+        ]
+    return [f"Leaves out the first {numbers[0]} {row}s of each chain."] if numbers[0] else []
+
+
+def llc_drift(llc: xr.Dataset) -> tuple[float, float]:
+    """Give the LLC of the second half of the steps minus that of the first, and its standard error.
+
+    Over the steps that all chains have. The error is the drift's own: noise of batches that
+    cancels between the chains and the loss at the checkpoint does not cancel between the halves.
+    """
+    traces = llc["loss_trace"].transpose("chain", ...).to_numpy()
+    halves = np.array_split(traces[:, np.isfinite(traces).all(axis=0)], 2, axis=1)
+    if not halves[1].size:
+        return float("nan"), float("nan")
+    drift = halves[1].mean() - halves[0].mean()
+    error = np.hypot(_error_of_mean(halves[0]), _error_of_mean(halves[1]))
+    return float(llc["n_beta"] * drift), float(llc["n_beta"] * error)
+
+
+def _error_of_mean(traces: np.ndarray) -> float:
+    steps = np.arange(traces.shape[1])
+    return error_of_rise(list(traces), SharedBatches(steps, init_steps=0))
 
 
 def llc_figures(llc: xr.Dataset) -> dict[str, object]:
     """Give the figures of an LLC that fit on a line, for JSON."""
     scalars = ("llc_mean", "llc_std", "llc_scalar", "init_loss", "n_beta", "rhat", "ess_bulk")
+    drift, drift_error = llc_drift(llc)
     return {
         **{name: float(llc[name]) for name in scalars},
         "llc_error": llc_error(llc),
+        "llc_drift": drift,
+        "llc_drift_error": drift_error,
         "llc_per_chain": llc["llc_per_chain"].to_numpy().tolist(),
         "llc_observables": {name: float(value) for name, value in _on_observables(llc).items()},
         "llc_observables_reference": {
@@ -70,16 +134,30 @@ def observables_table(llc: xr.Dataset) -> Table | None:
     llc : xr.Dataset
         As for :func:`llc_table`.
     """
-    found = _on_observables(llc)
-    if not found:
+    rows = observables_rows(llc)
+    if not rows:
         return None
     table = Table(title="LLC on observables", title_justify="left", show_edge=False)
     table.add_column("observable")
     table.add_column("LLC", justify="right")
     table.add_column("against the loss at the")
-    for name, value in found.items():
-        table.add_row(escape(name), f"{float(value):.2f}", value.attrs["reference"])
+    for name, value, reference in rows:
+        table.add_row(escape(name), value, reference)
     return table
+
+
+def observables_rows(llc: xr.Dataset) -> list[tuple[str, str, str]]:
+    """Give the name of each observable, its LLC, and what that is taken against."""
+    return [
+        (name, f"{float(value):.2f}", value.attrs["reference"])
+        for name, value in _on_observables(llc).items()
+    ]
+
+
+def observables_notes(llc: xr.Dataset) -> list[str]:
+    """Say what the LLC on observables is; nothing if there is none."""
+    caveats = [FIRST_DRAW_CAVEAT] if against_first_draw(llc) else []
+    return [OBSERVABLES, *caveats] if _on_observables(llc) else []
 
 
 def against_first_draw(llc: xr.Dataset) -> list[str]:
@@ -97,16 +175,23 @@ def _on_observables(llc: xr.Dataset) -> dict[str, xr.DataArray]:
 
 
 def llc_error(llc: xr.Dataset) -> float:
-    """Give the standard error of ``llc_mean``.
+    """Give the standard error of ``llc_mean``; NaN where there are too few steps for one.
 
     The Monte Carlo error; for chains too short for one, the spread of the chains over the root of
-    their number.
+    their number, if each saw batches of its own. Those that share batches share their noise.
     """
     error = float(llc["llc_mcse"])
     values = llc["llc_per_chain"].to_numpy()
-    if np.isnan(error) and len(values) > 1:
+    shared = _sampler(llc).get("match_sampling_input_ids_across_chains", True)
+    if np.isnan(error) and len(values) > 1 and not shared:
         return float(values.std(ddof=1) / np.sqrt(len(values)))
     return error
+
+
+def _sampler(llc: xr.Dataset) -> dict[str, Any]:
+    """Settings of the sampler, which an estimate carries on from its store."""
+    settings: dict[str, Any] = llc.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
+    return settings
 
 
 def plan_table(name: str, plan: Plan) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +28,16 @@ def load_model(name: str, dtype: str = "float32") -> Any:
     ------
     ValueError
         If `dtype` is another.
+    FileNotFoundError
+        If there is neither such a directory nor, as far as the hub can be reached, such a name.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    with _explained("model", name):
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
 
 
 def load_tokenizer(name: str) -> Any:
@@ -51,7 +56,8 @@ def load_tokenizer(name: str) -> Any:
     Raises
     ------
     FileNotFoundError
-        If it is a directory without a tokenizer.
+        If it is a directory without a tokenizer, or there is neither such a directory nor, as far
+        as the hub can be reached, such a name.
     """
     if lacks_tokenizer(name):
         raise FileNotFoundError(
@@ -65,7 +71,8 @@ def load_tokenizer(name: str) -> Any:
         return Tokenizer.from_file(str(file))
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    with _explained("tokenizer", name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def lacks_tokenizer(name: str) -> bool:
@@ -106,19 +113,14 @@ def load_tokens(
     """
     import datasets
 
+    require_data(path)
     dataset: Any
     if path.is_dir():
         dataset = datasets.load_from_disk(str(path))
-    elif path.suffix in _LOADERS and path.is_file():
+    else:
         loader = _LOADERS[path.suffix]
         extra = {"sample_by": "document"} if loader == "text" else {}
         dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
-    else:
-        problem = "must be" if path.exists() else "does not exist: it must be"
-        raise FileNotFoundError(
-            f"{str(path)!r} {problem} a directory of Dataset.save_to_disk, or a file ending in "
-            f"{', '.join(_LOADERS)}"
-        )
     if "input_ids" in dataset.column_names:
         return dataset
     from transformers import AutoTokenizer
@@ -132,10 +134,44 @@ def load_tokens(
             f"{str(path)!r} is text, and no tokenizer was found in {tokenizer}: save the model's "
             "there with save_pretrained(), or give token ids"
         )
+    with _explained("tokenizer", tokenizer):
+        found = AutoTokenizer.from_pretrained(tokenizer)
     return tokenize_and_concatenate(
         dataset,
-        AutoTokenizer.from_pretrained(tokenizer),
+        found,
         max_length=max_length,
         column_name=column,
         add_bos_token=add_bos_token,
     )
+
+
+def require_data(path: Path) -> None:
+    """Refuse a path that :func:`load_tokens` cannot read, without a look inside.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it does not exist, or is a file of another kind.
+    """
+    if path.is_dir() or (path.suffix in _LOADERS and path.is_file()):
+        return
+    problem = "must be" if path.exists() else "does not exist: it must be"
+    raise FileNotFoundError(
+        f"{str(path)!r} {problem} a directory of Dataset.save_to_disk, or a file ending in "
+        f"{', '.join(_LOADERS)}"
+    )
+
+
+@contextmanager
+def _explained(what: str, name: str) -> Iterator[None]:
+    """Say what was looked for where neither a directory nor the hub has it."""
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"no {what} {name!r}: there is no such directory here, and from the hub it could not "
+            f"be had ({reason})"
+        ) from error

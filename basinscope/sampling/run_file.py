@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import xarray as xr
 
 from basinscope.io.location import local_path
 from basinscope.models.restrictions import create_param_masks
+from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
+from basinscope.sampling.execution import check_execution
 from basinscope.sampling.findings import ModelReport
-from basinscope.sampling.loading import load_model, load_tokens
+from basinscope.sampling.loading import load_model, load_tokens, require_data
 
 SECTIONS = {
     "model": "a Hugging Face model: a directory or a name",
@@ -23,7 +28,13 @@ SECTIONS = {
     "sampler": "arguments of basinscope.sample: lr, n_beta, num_chains, ...",
     "output": "the store to write",
 }
-DATA_KEYS = {"path", "column", "max_length", "add_bos_token", "batches_per_draw"}
+DATA_KEYS: dict[str, tuple[type[Any], str]] = {
+    "path": (str, "a path"),
+    "column": (str, "the name of a column"),
+    "max_length": (int, "a whole number of at least 2"),
+    "add_bos_token": (bool, "true or false"),
+    "batches_per_draw": (int, "a whole number of at least 1"),
+}
 NOT_IN_FILE = {"model", "dataset", "observables", "loss_fn", "param_masks", "output_path"}
 
 
@@ -48,36 +59,22 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
         Naming the key that is missing, unknown or wrong.
     """
     plan = _read(path)
-    arguments = dict(plan.get("sampler") or {})
-    known = set(inspect.signature(_sample()).parameters) - NOT_IN_FILE
-    _refuse_unknown(path, "sampler", arguments, known)
-    arguments |= overrides
-    restriction = arguments.pop("restriction", plan.get("restriction"))
+    arguments = _arguments(path, plan, overrides)
     if "output_path" not in arguments:
-        if "output" not in plan:
-            raise ValueError(
-                f"{path}: say where the store goes: output: runs/samples.zarr, or --out"
-            )
-        arguments["output_path"] = path.parent / local_path(plan["output"])
-    if isinstance(arguments.get("chains"), str):
-        arguments["chains"] = parse_chains(arguments["chains"])
-    for required in ("lr", "n_beta"):
-        if required not in arguments:
-            raise ValueError(f"{path}: sampler needs {required}")
+        raise ValueError(f"{path}: say where the store goes: output: runs/samples.zarr, or --out")
+    restriction = arguments.pop("restriction")
+    dataset, observables = _sources(path, plan)
 
-    name = _located(path, plan["model"])
-    model = load_model(name, plan.get("dtype", "float32"))
+    name, model = _load_model(path, plan)
     if restriction is not None:
         arguments["param_masks"] = create_param_masks(model, restriction)
-    dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
-    observables = {
-        obs: _load_data(path, f"observables.{obs}", given, name)
-        for obs, given in (plan.get("observables") or {}).items()
-    }
     tree = _sample()(
         model,
-        dataset,
-        {n: (data, batches) if batches else data for n, (data, batches) in observables.items()},
+        dataset.load(name),
+        {
+            obs: source.load(name) if batches is None else (source.load(name), batches)
+            for obs, (source, batches) in observables.items()
+        },
         **arguments,
     )
     return tree, Path(arguments["output_path"])
@@ -86,7 +83,8 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
 def check_from_file(path: Path, *, batch_size: int, device: str | None) -> ModelReport:
     """Check the model and the sampling data of a YAML file, see :func:`basinscope.check_model`.
 
-    The file's restriction is the one that is asked about, if it has one.
+    The sampler's settings, and where data sets are, are checked before the model is loaded. The
+    file's restriction is the one that is asked about, if it has one.
 
     Raises
     ------
@@ -96,16 +94,16 @@ def check_from_file(path: Path, *, batch_size: int, device: str | None) -> Model
     from basinscope.sampling.check import check_model
 
     plan = _read(path)
-    restriction = plan.get("restriction")
-    name = _located(path, plan["model"])
-    model = load_model(name, plan.get("dtype", "float32"))
-    dataset, _ = _load_data(path, "dataset", plan["dataset"], name)
+    arguments = _arguments(path, plan, {})
+    restriction = arguments["restriction"]
+    source, _ = _sources(path, plan)
+    name, model = _load_model(path, plan)
     return check_model(
         model,
-        dataset,
+        source.load(name),
         restrictions=None if restriction is None else {"of the file": restriction},
         batch_size=batch_size,
-        device=device,
+        device=device or arguments.get("device"),
     )
 
 
@@ -133,6 +131,8 @@ def _sample() -> Any:
 def _read(path: Path) -> dict[str, Any]:
     import yaml
 
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: give the YAML file that describes the run")
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
@@ -143,40 +143,132 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(plan, dict):
         raise ValueError(f"{path} must hold a mapping with\n{wanted}")
     _refuse_unknown(path, "the file", plan, set(SECTIONS))
+    plan = {name: given for name, given in plan.items() if given is not None}
     missing = [name for name in ("model", "dataset", "sampler") if name not in plan]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}. It takes\n{wanted}")
     return plan
 
 
-def _refuse_unknown(path: Path, where: str, given: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(
-            f"{path}: {where} has unknown {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
-        )
+def _arguments(path: Path, plan: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampler's arguments, of the file and of what replaces it, and its restriction; checked.
+
+    Of the file too: where the store goes, if it says so.
+    """
+    arguments = _mapping(path, "sampler", plan["sampler"], "name to value")
+    parameters = inspect.signature(_sample()).parameters
+    _refuse_unknown(path, "sampler", arguments, set(parameters) - NOT_IN_FILE)
+    if "output" in plan:
+        with _named(f"{path}, output"):
+            arguments["output_path"] = path.parent / local_path(plan["output"])
+    arguments |= {"restriction": _restriction(path, plan), **overrides}
+    if isinstance(arguments.get("chains"), str):
+        arguments["chains"] = parse_chains(arguments["chains"])
+    for required in ("lr", "n_beta"):
+        if required not in arguments:
+            raise ValueError(f"{path}: sampler needs {required}")
+
+    settings = {name: parameter.default for name, parameter in parameters.items()} | arguments
+    rmsprop = merge_rmsprop_aliases(**_taken_by(merge_rmsprop_aliases, settings))
+    settings["sampling_method_kwargs"] = rmsprop
+    config = SamplerConfig(**_taken_by(SamplerConfig, settings))
+    check_execution(config, own_loss=False, **_taken_by(check_execution, settings))
+    return arguments
 
 
-def _located(config: Path, name: str) -> str:
-    """A path next to the configuration, or a name for the hub."""
-    local = config.parent / Path(name).expanduser()
-    return str(local) if local.exists() else name
+def _taken_by(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in settings.items() if name in parameters}
 
 
-def _load_data(config: Path, where: str, given: Any, tokenizer: str) -> tuple[Any, int | None]:
-    """Load a data set that the file names, and how many of its batches a draw takes."""
+def _restriction(path: Path, plan: Mapping[str, Any]) -> str | list[str] | None:
+    given = plan.get("restriction")
+    parts = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"{path}: restriction must be one such as l0h1, or a list; got {given!r}")
+    return given
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A data set that a file names, and which is there."""
+
+    label: str
+    path: Path
+    options: dict[str, Any]
+
+    def load(self, tokenizer: str) -> Any:
+        with _named(self.label):
+            return load_tokens(self.path, tokenizer, **self.options)
+
+
+def _sources(
+    path: Path, plan: Mapping[str, Any]
+) -> tuple[_Source, dict[str, tuple[_Source, int | None]]]:
+    """The sampling data; and the observables, each with the batches that a draw takes of it."""
+    dataset, _ = _source(path, "dataset", plan["dataset"])
+    given = _mapping(path, "observables", plan.get("observables", {}), "name to path")
+    return dataset, {obs: _source(path, f"observables.{obs}", of) for obs, of in given.items()}
+
+
+def _source(config: Path, where: str, given: Any) -> tuple[_Source, int | None]:
     if not isinstance(given, str | Mapping):
         raise ValueError(
             f"{config}: {where} must be a path, or a mapping with 'path'; got {given!r}"
         )
     options: dict[str, Any] = {"path": given} if isinstance(given, str) else dict(given)
-    _refuse_unknown(config, where, options, DATA_KEYS)
+    _refuse_unknown(config, where, options, set(DATA_KEYS))
+    options = {name: value for name, value in options.items() if value is not None}
     if "path" not in options:
         raise ValueError(f"{config}: {where} needs a path")
-    key = where if isinstance(given, str) else f"{where}.path"
-    batches = options.pop("batches_per_draw", None)
-    try:
+    with _named(f"{config}, {where if isinstance(given, str) else f'{where}.path'}"):
         path = config.parent / local_path(options.pop("path"), "a data set")
-        return load_tokens(path, tokenizer, **options), batches
-    except (FileNotFoundError, ValueError, TypeError) as error:
-        raise type(error)(f"{config}, {key}: {error}") from error
+        require_data(path)
+    for name, value in options.items():
+        kind, wanted = DATA_KEYS[name]
+        if type(value) is not kind or (kind is int and value < 1):  # a bool is no whole number
+            raise ValueError(f"{config}: {where}.{name} must be {wanted}; got {value!r}")
+    batches = options.pop("batches_per_draw", None)
+    return _Source(f"{config}, {where}", path, options), batches
+
+
+def _load_model(path: Path, plan: Mapping[str, Any]) -> tuple[str, Any]:
+    """The model, and the name that its tokenizer has too."""
+    given = plan["model"]
+    if not isinstance(given, str) or not given:
+        raise ValueError(f"{path}: model must be a directory or a name; got {given!r}")
+    local = path.parent / Path(given).expanduser()  # next to the file, or else on the hub
+    name = str(local) if local.exists() else given
+    with _named(str(path)):
+        return name, load_model(name, plan.get("dtype", "float32"))
+
+
+def _mapping(config: Path, where: str, given: Any, of: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        got = "a list" if isinstance(given, list) else repr(given)
+        raise ValueError(f"{config}: {where} must be a mapping of {of}; got {got}")
+    if wrong := [name for name in given if not isinstance(name, str)]:
+        raise ValueError(f"{config}: {where} has the name {wrong[0]!r}, no text: put it in quotes")
+    return dict(given)
+
+
+def _refuse_unknown(path: Path, where: str, given: Mapping[Any, Any], known: set[str]) -> None:
+    unknown = sorted(str(name) for name in given if name not in known)
+    if unknown:
+        valid = sorted(known)
+        near = [n for name in unknown for n in difflib.get_close_matches(name, valid, n=1)]
+        meant = f": did you mean {', '.join(near)}?" if near else "."
+        raise ValueError(
+            f"{path}: {where} has unknown {', '.join(unknown)}{meant} It takes {', '.join(valid)}"
+        )
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Say in an error which part of a file it is about."""
+    kinds = (FileNotFoundError, ValueError, TypeError)  # some that derive from them take no text
+    try:
+        yield
+    except kinds as error:
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{label}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,8 @@ def tokenize_and_concatenate(
     Raises
     ------
     TypeError
-        If `dataset` is not a single data set, or its column does not hold strings.
+        If `dataset` is not a single data set, its column does not hold strings, or `max_length` is
+        no whole number.
     ValueError
         If the column does not exist, `max_length` is under 2, the tokenizer has no BOS token though
         one is asked for, or the text is too short for one row (when streaming: raised at the end of
@@ -101,17 +103,19 @@ def _check_dataset(dataset: Any, column_name: str) -> None:
     if column_name not in columns:
         raise ValueError(
             f"dataset has no column {column_name!r}; it has {sorted(columns)}. "
-            "Name the text column with column_name=..."
+            "Name the text column: column_name=..., or column in a run file."
         )
     feature = (dataset.features or {}).get(column_name)
     if feature is not None and getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise TypeError(
             f"column {column_name!r} holds {feature}, not strings. "
-            "Name the text column with column_name=..."
+            "Name the text column: column_name=..., or column in a run file."
         )
 
 
 def _check_row(tokenizer: Any, max_length: int, add_bos_token: bool) -> None:
+    if isinstance(max_length, bool) or not isinstance(max_length, numbers.Integral):
+        raise TypeError(f"max_length must be a whole number of at least 2; got {max_length!r}")
     if max_length < 2:
         raise ValueError(
             f"max_length={max_length} is too small: a row needs at least 2 tokens, "

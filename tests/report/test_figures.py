@@ -72,7 +72,9 @@ def test_running_llc_ends_at_the_llc() -> None:
     (axes,) = figure.axes
     (mean,) = (drawn for drawn in axes.lines if str(drawn.get_label()).startswith("mean"))
     assert mean.get_ydata()[-1] == pytest.approx(per_chain.mean())
-    assert mean.get_label() == f"mean ± std: {per_chain.mean():.1f} ± {per_chain.std():.1f}"
+    assert mean.get_label() == f"mean: {per_chain.mean():.1f}"
+    said = f"band: spread between chains (std {per_chain.std():.1f} at the end)"
+    assert axes.get_title("left") == said
     band = axes.collections[0].get_paths()[0].vertices
     at_end = band[band[:, 0] == 12, 1]
     assert at_end.max() == pytest.approx(per_chain.mean() + per_chain.std())
@@ -84,6 +86,16 @@ def test_chains_keep_their_numbers_and_one_step_is_enough() -> None:
     for figure in (figures.loss_traces(llc), figures.running_llc(llc)):
         labels = figure.axes[0].get_legend_handles_labels()[1]
         assert {"chain 1", "chain 3"} < set(labels)
+
+
+def test_steps_keep_their_numbers_when_the_first_are_left_out() -> None:
+    llc = small_llc().assign_coords(step=np.arange(30, 42))
+    (axes,) = figures.loss_traces(llc).axes
+    assert axes.get_xlim() == (31, 42)
+    assert all(line.get_xdata()[-1] == 42 for line in axes.lines if line.get_gid())
+    (axes,) = figures.running_llc(llc).axes
+    assert axes.get_xlim() == (1, 12)
+    assert axes.get_xlabel() == "steps averaged, after the first 30"
 
 
 @pytest.mark.parametrize("lazy", [False, True])
@@ -130,6 +142,10 @@ def test_save_figures_writes_what_the_store_has(tmp_path: Path) -> None:
         "token_loss_shift.png",
     ]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    settled = figures.save_figures(tree, tmp_path / "settled", burn_in=4)
+    assert [a.read_bytes() == b.read_bytes() for a, b in zip(paths, settled, strict=True)] == [
+        False, False, True,
+    ]  # fmt: skip
     bare = xr.DataTree(tree.dataset.drop_vars([f"loss_{name}" for name in NAMES]))
     assert len(figures.save_figures(bare, tmp_path)) == 2
 

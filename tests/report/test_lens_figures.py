@@ -11,7 +11,7 @@ import pytest
 import xarray as xr
 from matplotlib.figure import Figure
 
-from basinscope.report.lens_figures import MAX_POSITIONS, lens_heat_map, readable
+from basinscope.report.lens_figures import AT_ONCE, MAX_POSITIONS, lens_heat_map, readable
 
 WORDS = [" the", "\n", "日本", "🙂", "interpretability", "$x_1$", "é", "<|endoftext|>"]
 LAYERS, POSITIONS = 3, 4
@@ -64,6 +64,28 @@ def test_every_cell_has_its_token_and_colour() -> None:
     assert figure.axes[1].get_ylabel() == "probability of the top token"
     ids = cells(lens_heat_map(given))
     assert ids[0, 0] == str(int(given["token"][0, 0, 0, 0]))
+
+
+def test_many_positions_take_several_rows_of_one_scale() -> None:
+    count = 2 * AT_ONCE + 5
+    given = top(count)
+    figure = lens_heat_map(given, input_ids=np.arange(count), colour="logit")
+    *rows, bar = figure.axes
+    assert bar.get_ylabel() == "logit of the top token"
+    assert len(rows) == 3
+    assert len({axes.images[0].get_clim() for axes in rows}) == 1
+    for row, axes in enumerate(rows):
+        part = slice(row * AT_ONCE, (row + 1) * AT_ONCE)
+        expected = given["logit"][:, 0, part, 0]
+        np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+        shown = {text.get_position(): text.get_text() for text in axes.texts}
+        assert len(shown) == expected.size
+        assert shown[4, 2] == str(int(given["token"][2, 0, part.start + 4, 0]))
+        labels = [label.get_text() for label in axes.get_xticklabels()]
+        assert labels == [f"{n}\n{n + 20}" for n in range(count)[part]]
+        assert axes.get_xlim() == (-0.5, AT_ONCE - 0.5)
+    width, height = lens_heat_map(top(MAX_POSITIONS)).get_size_inches()
+    assert width < 2 * height
 
 
 @pytest.mark.parametrize("colour", ["logit", "entropy", "kl_to_final", "cross_entropy", "rank"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from basinscope.analysis.llc import compute_llc
 from basinscope.report.lens_page import lens_page
 from basinscope.report.page import section, table, write_page
 from basinscope.report.samples_page import samples_page
-from basinscope.report.tables import llc_figures
+from basinscope.report.tables import OBSERVABLES, llc_figures, llc_notes
+from tests.analysis.stores_random import random_tree
 from tests.report.test_figures import small_tree
 from tests.report.test_lens_figures import WORDS, measures, top
 
@@ -60,10 +62,31 @@ def test_a_page_about_samples_has_the_llc_and_the_figures(tmp_path: Path) -> Non
     assert f"{figures['llc_mean']:.3f} ± {figures['llc_error']:.3f}" in page
     for value in llc["llc_per_chain"].to_numpy():
         assert f"<td>{value:.3f}</td>" in page
+    for note in llc_notes(llc):
+        assert note in page
     assert "runs/s.zarr" in page
     sources = SOURCE.findall(page)
     assert len(sources) == 3
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+
+
+def test_a_page_about_samples_has_the_llc_on_observables(tmp_path: Path) -> None:
+    tree = random_tree(1, observables={"mean": 3}, init_losses=True)
+    page = samples_page(tree, tmp_path / "a.html", "s", burn_in=3).read_text()
+    llc = compute_llc(tree, burn_in=3).compute()
+    value = f"{float(llc['llc_mean_observable']):.2f}"
+    assert f"<td>mean_observable</td><td>checkpoint</td><td>{value}</td>" in page
+    assert escape(OBSERVABLES) in page
+    assert f"{float(llc['llc_mean']):.3f} ± {float(llc['llc_mcse']):.3f}" in page
+    assert "Leaves out the first 3 steps of each chain." in page
+
+
+def test_a_page_without_observables_says_nothing_of_them(tmp_path: Path) -> None:
+    tree = random_tree(1)
+    tree.dataset = tree.to_dataset().drop_vars(["loss_a", "loss_b"])
+    page = samples_page(tree, tmp_path / "a.html", "s", burn_in=12).read_text()
+    assert "On observables" not in page
+    assert "± nan (too few steps)" in page
 
 
 def test_a_page_of_a_lens_has_a_picture_for_each_measure_and_part(tmp_path: Path) -> None:

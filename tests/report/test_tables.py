@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import xarray as xr
 from rich.console import Console
+from rich.table import Table
 
 import basinscope
 from basinscope.report.tables import (
+    FIRST_DRAW_CAVEAT,
+    OBSERVABLES,
     against_first_draw,
     influence_pairs,
+    llc_drift,
+    llc_error,
     llc_figures,
+    llc_notes,
+    llc_table,
+    observables_notes,
     observables_table,
 )
 from tests.analysis.stores_random import random_tree
@@ -46,16 +54,93 @@ def test_an_llc_on_an_observable_says_what_it_is_taken_against() -> None:
     assert figures["llc_observables_reference"] == references
     assert figures["llc_observables"] == {n: float(llc[v]) for n, v in names.items()}
     assert against_first_draw(llc) == ["[pile]"]
-    console = Console(width=100)
-    with console.capture() as shown:
-        console.print(observables_table(llc))
-    lines = [line.split("│") for line in shown.get().splitlines()[3:]]
+    lines = [line.split("│") for line in shown(observables_table(llc)).splitlines()[3:]]
     assert [[cell.strip() for cell in line] for line in lines] == [
         [name, f"{float(llc[variable]):.2f}", references[name]] for name, variable in names.items()
     ]
+    assert observables_notes(llc) == [OBSERVABLES, FIRST_DRAW_CAVEAT]
 
 
 def test_without_observables_there_is_no_table_of_them() -> None:
     llc = basinscope.compute_llc(random_tree(1), observables=[]).compute()
     assert observables_table(llc) is None
+    assert observables_notes(llc) == []
     assert llc_figures(llc)["llc_observables_reference"] == {}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_spread_of_chains_is_an_error_only_where_each_saw_batches_of_its_own(
+    shared: bool,
+) -> None:
+    tree = with_sampler(random_tree(1), match_sampling_input_ids_across_chains=shared)
+    llc = basinscope.compute_llc(tree, burn_in=12).compute()  # 3 steps: too few for an error
+    last_line = shown(llc_table(llc)).splitlines()[-1].rstrip()
+    values = llc["llc_per_chain"].to_numpy()
+    spread = values.std(ddof=1) / np.sqrt(len(values))
+    if shared:
+        assert np.isnan(llc_error(llc))
+        assert last_line.endswith("± nan (too few steps)")
+    else:
+        assert llc_error(llc) == pytest.approx(spread)
+        assert last_line.endswith(f"± {spread:.2f}")
+
+
+@pytest.mark.parametrize(
+    ("burn_in", "said"),
+    [
+        (0, "Counts 6 burn-in steps of each chain; --burn-in 6 leaves them out."),
+        (2, "Counts 4 burn-in steps of each chain; --burn-in 6 leaves them out."),
+        (6, "Leaves out the first 6 steps of each chain."),
+        (7, "Leaves out the first 7 steps of each chain."),
+    ],
+)
+def test_notes_say_which_steps_of_burn_in_are_counted(burn_in: int, said: str) -> None:
+    tree = with_sampler(random_tree(1), num_burnin_steps=6)
+    assert llc_notes(basinscope.compute_llc(tree, burn_in=burn_in).compute())[-1] == said
+
+
+def test_without_burn_in_and_without_single_steps_nothing_is_said_of_it() -> None:
+    tree = with_sampler(random_tree(1), num_burnin_steps=6)
+    tree.dataset = tree.to_dataset().drop_vars("sampling_loss_micro")  # draws follow the burn-in
+    for given in (tree, random_tree(1)):
+        notes = llc_notes(basinscope.compute_llc(given).compute())
+        assert len(notes) == 2
+        assert "drift" in notes[0]
+
+
+def test_drift_is_the_llc_of_the_second_half_minus_that_of_the_first() -> None:
+    llc = basinscope.compute_llc(random_tree(1, steps=20)).compute()
+    trace = llc["loss_trace"].to_numpy()
+    expected = 10 * (trace[:, 10:].mean() - trace[:, :10].mean())
+    figures = llc_figures(llc)
+    assert figures["llc_drift"] == llc_drift(llc)[0] == pytest.approx(expected)
+    assert f"drift {expected:+.2f} ± {figures['llc_drift_error']:.2f}" in llc_notes(llc)[0]
+    longer = llc.pad(step=(0, 4))
+    longer["loss_trace"][0, 20:] = 9  # one chain is ahead
+    assert llc_drift(longer) == llc_drift(llc)
+    assert np.isnan(llc_drift(llc.isel(step=[0]))).all()
+
+
+@pytest.mark.parametrize("chains", [1, 4])
+def test_the_error_of_a_drift_knows_the_noise_of_batches(chains: int) -> None:
+    """The mean square of 200 drifts over their errors is 1 ± 0.1; 4.5 of these are allowed."""
+    scores = []
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        trace = rng.standard_normal(60) + 0.5 * rng.standard_normal((chains, 60))
+        llc = xr.Dataset({"loss_trace": (("chain", "step"), trace), "n_beta": 30.0})
+        drift, error = llc_drift(llc)
+        scores.append(drift / error)
+    assert np.mean(np.square(scores)) == pytest.approx(1, abs=0.45)
+
+
+def with_sampler(tree: xr.DataTree, **settings: object) -> xr.DataTree:
+    tree.attrs["metadata"]["config"]["sampler"].update(settings)
+    return tree
+
+
+def shown(table: Table | None) -> str:
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()

@@ -214,11 +214,12 @@ def test_rows_of_a_stored_dataset_are_cached_beside_it(tmp_path: Any) -> None:
             {"text": ["a"]},
             {"column_name": "body"},
             ValueError,
-            r"no column 'body'; it has \['text'\]",
+            r"no column 'body'; it has \['text'\].*, or column in a run file",
         ),
         ({"text": [3]}, {}, TypeError, "not strings"),
         ({"text": ["a", None]}, {}, TypeError, "row 1 of column 'text' is None"),
         ({"text": ["a"]}, {"max_length": 1}, ValueError, "max_length=1 is too small"),
+        ({"text": ["a"]}, {"max_length": "64"}, TypeError, "max_length must be a whole number"),
         ({"text": ["a cat"]}, {"max_length": 4}, ValueError, "holds 2 tokens, fewer than the 3"),
     ],
 )
