@@ -176,7 +176,8 @@ def gather_traces(
     traces = np.zeros(shape, dtype)
     for at, draws, tokens, values in _read(pieces, stacked=False, copy=copy):
         traces[at, tokens, draws] += values.transpose(1, 2, 0)
-    return traces / len(pieces[0].chains)
+    traces /= len(pieces[0].chains)
+    return traces
 
 
 def gather_sequence_traces(
