@@ -67,6 +67,7 @@ def llc(
         import xarray as xr
 
         from basinscope.analysis.llc import compute_llc, plan_of_llc
+        from basinscope.io.results import require_free
         from basinscope.report.tables import llc_figures
 
         refuse_other_kinds(*stores)
@@ -78,7 +79,7 @@ def llc(
             _show_plans({str(s): plan_of_llc(s, **options) for s in stores}, as_json)
             return
         if output is not None:
-            _require_free(output, settings)
+            require_free(output, settings)
         found: list[dict[str, Any]] = []
         estimates: dict[str, xr.Dataset] = {}
         for store in stores:
@@ -341,22 +342,6 @@ def _show_llc(estimate: xr.Dataset) -> None:
         out.print(observables)
     for note in observables_notes(estimate):
         out.print(note)
-
-
-def _require_free(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse a place that the result cannot be written to, before any work."""
-    from basinscope.io.chunked import read_attributes
-    from basinscope.io.location import local_path, require_place
-    from basinscope.io.store import require_same_settings
-
-    path = local_path(output)
-    require_place(path)
-    if not path.exists():
-        return
-    stored = read_attributes(path).get("settings")
-    if stored is None:
-        raise FileExistsError(f"{path} exists and is no result: choose another place with --out")
-    require_same_settings(path, stored, settings)
 
 
 def _require_distinct(stores: Sequence[Path]) -> None:

@@ -13,6 +13,8 @@ import numpy as np
 import xarray as xr
 
 from basinscope.io import dims
+from basinscope.io.store import sampler_settings
+from basinscope.io.stored import assembled
 
 
 class Selected:
@@ -70,10 +72,7 @@ class Selected:
             yield place, made
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = np.empty(self.shape, self.dtype)
-        for place, chunk in self.chunks():
-            values[place] = chunk
-        return values if dtype is None else values.astype(dtype, copy=False)
+        return assembled(self, dtype)
 
 
 def row_numbers(dataset: xr.Dataset, row: str) -> np.ndarray | None:
@@ -114,7 +113,7 @@ def count_written(dataset: xr.Dataset, row: str, written: int, name: str) -> int
 
 def _planned(dataset: xr.Dataset, row: str, unknown: int) -> int:
     """How many draws or steps a whole chain has."""
-    sampler = dataset.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
+    sampler = sampler_settings(dataset.attrs)
     draws = int(sampler.get("num_draws", unknown))
     if row == dims.DRAW or "num_draws" not in sampler:
         return draws

@@ -25,6 +25,7 @@ from basinscope.io.store import (
     read_root,
     records_of,
     require_store,
+    sampler_settings,
     stored_array,
     stored_at,
 )
@@ -260,7 +261,7 @@ def _recorded(dataset: xr.Dataset, records: Mapping[int, object], unknown: int) 
     """How many chains there were, where something is known of single ones."""
     if records or not dataset.attrs.get("failed_chains"):
         return len(records) or unknown
-    sampler = dataset.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
+    sampler = sampler_settings(dataset.attrs)
     return int(sampler.get("num_chains", unknown))
 
 

@@ -9,11 +9,8 @@ nothing: shuffled and compressed, 1.39 bytes are left of it either way.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
-import uuid
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,7 +39,7 @@ from basinscope.io.activation_layout import (
     rows_per_chunk,
 )
 from basinscope.io.chunked import read_attributes
-from basinscope.io.location import local_path, require_place
+from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
@@ -478,19 +475,11 @@ def _create(
 
     A process that loses a race leaves the winner's store as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     total = attributes["layout"]["num_examples"]
     most_examples = CHUNK_EXAMPLES if total is None else min(CHUNK_EXAMPLES, max(1, total // PARTS))
     rows = rows_per_chunk(specs, chunk_bytes, most_examples)
-    try:
+    with made_at_once(path) as draft:
         create_group(draft, specs, rows, attributes, coordinates, unembedding)
-        draft.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _whole_examples(path: Path, layout: Mapping[str, Any]) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -56,3 +61,21 @@ def require_place(path: Path) -> None:
         raise NotADirectoryError(
             f"{path} cannot be made, as {above} is no directory: choose another path"
         )
+
+
+@contextmanager
+def made_at_once(path: Path) -> Iterator[Path]:
+    """Give a draft beside a path to fill, then move it into place in one step.
+
+    A process that loses a race leaves what the winner put there as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
+    try:
+        yield draft
+        draft.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -5,7 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def locked(path: Path, held: Exception) -> Iterator[None]:
+    """Hold a directory's lock; see :func:`lock_directory`."""
+    descriptor = lock_directory(path, held)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def lock_directory(path: Path, held: Exception) -> int:

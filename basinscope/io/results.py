@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,8 @@ from dask.delayed import Delayed, delayed
 from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
-from basinscope.io.location import local_path, require_place
-from basinscope.io.locks import lock_directory
+from basinscope.io.location import local_path, made_at_once, require_place
+from basinscope.io.locks import locked
 from basinscope.io.store import now, remove_partial_files, require_same_settings
 
 
@@ -65,14 +63,18 @@ def write_result(
     ResultLockedError
         If another process is computing it.
     """
+    require_free(path, settings)
     path = local_path(path)
-    require_place(path)
     result = result.map_over_datasets(_storable)
     if not path.exists():
         _create(path, result, settings)
-    _require_same_result(path, settings)
+        require_free(path, settings)  # or another process was first
     if not _is_completed(path):
-        with _locked(path):
+        held = ResultLockedError(
+            f"{path} is being computed by another process: wait for it, then make the same call "
+            "again, which returns the result, or continues it if it was stopped"
+        )
+        with locked(path, held):
             _complete(path, result)
     return xr.open_datatree(path, engine="zarr", consolidated=False, chunks={})
 
@@ -113,7 +115,12 @@ def _storable(dataset: xr.Dataset) -> xr.Dataset:
     return dataset.assign(uneven).assign_coords(named)
 
 
-def _require_same_result(path: Path, settings: Mapping[str, Any]) -> None:
+def require_free(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    """Raise the errors of :func:`write_result` for a place, before what goes there is computed."""
+    path = local_path(path)
+    require_place(path)
+    if not path.exists():
+        return
     try:
         stored: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
     except (FileNotFoundError, ValueError):
@@ -131,11 +138,9 @@ def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> Non
 
     A process that loses a race leaves the winner's result as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     described = result.copy()
     described.attrs = {**result.attrs, "settings": dict(settings), "computed_at": now()}
-    try:
+    with made_at_once(path) as draft:
         described.to_zarr(
             draft,
             compute=False,
@@ -143,12 +148,6 @@ def _create(path: Path, result: xr.DataTree, settings: Mapping[str, Any]) -> Non
             zarr_format=3,
             encoding={n.path: _encoding(n.to_dataset(inherit=False)) for n in result.subtree},
         )
-        draft.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _encoding(dataset: xr.Dataset) -> dict[str, dict[str, Any]]:
@@ -167,22 +166,11 @@ def _is_completed(path: Path) -> bool:
     return zarr.open_group(path, mode="r").attrs.get("completed") == 1
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a result for this process; workers that write its blocks need no lock."""
-    held = ResultLockedError(
-        f"{path} is being computed by another process: wait for it, then make the same call again, "
-        "which returns the result, or continues it if it was stopped"
-    )
-    descriptor = lock_directory(path, held)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _complete(path: Path, result: xr.DataTree) -> None:
-    """Compute and write the blocks that are missing; the caller holds the lock."""
+    """Compute and write the blocks that are missing.
+
+    The caller holds the lock; workers that write blocks need none.
+    """
     if _is_completed(path):  # by the process that held the lock before
         return
     missing = list(_missing_blocks(path, result))

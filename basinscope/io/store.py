@@ -29,7 +29,7 @@ from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.chunked import replace_attributes
 from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path
-from basinscope.io.locks import lock_directory
+from basinscope.io.locks import locked
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
 
@@ -185,6 +185,12 @@ def lazy(tree: xr.DataTree) -> xr.DataTree:
     tree = tree.copy()
     tree.dataset = dataset.assign(files)
     return tree
+
+
+def sampler_settings(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the sampler's settings of a store, or of an estimate that carries them on; may be {}."""
+    settings: dict[str, Any] = attributes.get("metadata", {}).get("config", {}).get("sampler", {})
+    return settings
 
 
 def is_store(path: str | os.PathLike[str]) -> bool:
@@ -344,11 +350,8 @@ class SampleStore:
             f"chain {chain} of {self.path} is being sampled by another process: wait for it, or "
             "give the two processes different chains"
         )
-        descriptor = lock_directory(directory, held)
-        try:
+        with locked(directory, held):
             yield
-        finally:
-            os.close(descriptor)
 
     def is_locked(self, chain: int) -> bool:
         """Whether some process is sampling the chain right now."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -147,10 +147,7 @@ class StoredArray:
                     yield tuple(place), values[tuple(inside)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = np.empty(self.shape, self.dtype)
-        for place, chunk in self.chunks():
-            values[place] = chunk
-        return values if dtype is None else values.astype(dtype, copy=False)
+        return assembled(self, dtype)
 
     def __getitem__(self, index: Any) -> np.ndarray:
         """Read what a basic index spans; whatever else it asks for is taken from that."""
@@ -166,6 +163,24 @@ class StoredArray:
             for item in index
         ]
         return np.asarray(self.part(*spans))[tuple(rest)]
+
+
+class InChunks(Protocol):
+    """What is read a chunk at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def chunks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]: ...
+
+
+def assembled(array: InChunks, dtype: Any = None) -> np.ndarray:
+    """Read all chunks into one array."""
+    values = np.empty(array.shape, array.dtype)
+    for place, chunk in array.chunks():
+        values[place] = chunk
+    return values if dtype is None else values.astype(dtype, copy=False)
 
 
 def open_stored(path: Path) -> StoredArray | None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from basinscope.analysis.diagnostics import SharedBatches, error_of_rise
 from basinscope.analysis.plan import Plan
 from basinscope.io import dims
-from basinscope.io.store import DONE, FAILED, PENDING, RUNNING
+from basinscope.io.store import DONE, FAILED, PENDING, RUNNING, sampler_settings
 
 COLOURS = {DONE: "green", FAILED: "red", PENDING: "dim", RUNNING: "cyan", "interrupted": "yellow"}
 
@@ -81,7 +81,7 @@ def llc_notes(llc: xr.Dataset) -> list[str]:
 def _note_of_burn_in(llc: xr.Dataset) -> list[str]:
     row = llc["loss_trace"].dims[1]
     numbers = llc[row].to_numpy()
-    burn_in = int(_sampler(llc).get("num_burnin_steps", 0)) if row == dims.STEP else 0
+    burn_in = int(sampler_settings(llc.attrs).get("num_burnin_steps", 0)) if row == dims.STEP else 0
     if counted := np.count_nonzero(numbers < burn_in):
         return [
             f"Counts {counted} burn-in steps of each chain; --burn-in {burn_in} leaves them out."
@@ -182,16 +182,10 @@ def llc_error(llc: xr.Dataset) -> float:
     """
     error = float(llc["llc_mcse"])
     values = llc["llc_per_chain"].to_numpy()
-    shared = _sampler(llc).get("match_sampling_input_ids_across_chains", True)
+    shared = sampler_settings(llc.attrs).get("match_sampling_input_ids_across_chains", True)
     if np.isnan(error) and len(values) > 1 and not shared:
         return float(values.std(ddof=1) / np.sqrt(len(values)))
     return error
-
-
-def _sampler(llc: xr.Dataset) -> dict[str, Any]:
-    """Settings of the sampler, which an estimate carries on from its store."""
-    settings: dict[str, Any] = llc.attrs.get("metadata", {}).get("config", {}).get("sampler", {})
-    return settings
 
 
 def plan_table(name: str, plan: Plan) -> Table:
