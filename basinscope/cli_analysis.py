@@ -142,7 +142,7 @@ def bif(
     """
     with readable_errors(), short_warnings(), _running_on(threads, scheduler):
         from basinscope.analysis.bif import compute_bif, plan_bif
-        from basinscope.report.tables import influence_pairs, influence_table, partner_table
+        from basinscope.report import tables
 
         require_one_of("--method", method, ("token", "sequence"))
         require_one_of("--chains", chains, ("stack", "mean"))
@@ -190,14 +190,13 @@ def bif(
                 print_json({"output": str(output), "shape": result["influences"].shape})
             return
         if top_k is None:
-            pairs = influence_pairs(result, 10)
-            print_json(pairs) if as_json else out.print(influence_table(pairs))
+            pairs = tables.influence_pairs(result, 10)
+            print_json(pairs) if as_json else out.print(tables.influence_table(pairs))
         elif as_json:
-            fields = ("influences", "partner_batch", "partner_target_position")
-            figures = {name: result[name].to_numpy().tolist() for name in fields}
-            print_json(figures)
+            print_json(tables.partner_figures(result))
         else:
-            out.print(partner_table(result, queries=8, partners=3))
+            out.print(tables.partner_table(result, queries=8, partners=3))
+            out.print(tables.numbering(result), highlight=False, markup=False)
 
 
 def susceptibilities(

@@ -277,7 +277,11 @@ def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
     expected = basinscope.compute_bif(store, top_k=2, queries=[(1, 3)], loss_keys=["first"])
     assert np.shape(found["influences"]) == (2, 1, 2)
     np.testing.assert_allclose(found["influences"], expected.influences, rtol=1e-5)
-    assert "1:3" in invoke(*asked).output
+    assert (found["query_batch"], found["query_target_position"]) == ([1], [3])
+    assert found["observables"] == expected.attrs["observables"]
+    shown = invoke(*asked).output
+    assert "1:3" in shown
+    assert f"Sequences: 0 to {found['observables']['first'] - 1} first." in shown
 
     written = folder / "bif.zarr"
     all_pairs = invoke("bif", store, "--rows-1", "0:2,4", "-o", written)

@@ -97,7 +97,8 @@ def compute_bif(
         Lazy. ``influences``, float32, with dims ``(batch_1, batch_2, target_position,
         target_position_T)`` between tokens, else ``(batch_1, batch_2)``; ``input_ids (batch,
         position)``. A trace without variance has no correlation: NaN, for itself, and for the
-        average over a sequence that holds it.
+        average over a sequence that holds it. Attribute ``observables`` says how many sequences
+        each observable has, in the order in which they are counted.
 
         With ``top_k``: ``influences``, ``partner_batch`` and ``partner_target_position``, ``(sign,
         query, rank)``, the strongest first; NaN and -1 where a query has fewer partners of that
@@ -136,7 +137,10 @@ def compute_bif(
         problem.traces.copy()
     variables, coords = _COMPUTE[options.kind](problem, blocks)
     variables["input_ids"] = _input_ids(problem)
-    result = xr.Dataset(variables, coords, opened.provenance)
+    counts = {
+        key: part.shape[2] for key, part in zip(problem.keys, problem.traces.layouts, strict=True)
+    }
+    result = xr.Dataset(variables, coords, {**opened.provenance, "observables": counts})
     if output_path is None:
         return result
     settings = {

@@ -198,7 +198,7 @@ def plan_table(name: str, plan: Plan) -> Table:
     return table
 
 
-def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, float]]:
+def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, Any]]:
     """Find the pairs of different sequences with the strongest influence on each other.
 
     Parameters
@@ -216,20 +216,57 @@ def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, float]]:
     strength[again & (rows[:, None] > columns[None, :])] = -1  # the same pair, mirrored
     order = np.argsort(strength, axis=None)[::-1][:count]
     return [
-        {"batch_1": int(rows[i]), "batch_2": int(columns[j]), "influence": float(values[i, j])}
+        {
+            "observable_1": _observable_of(bif, rows[i]),
+            "batch_1": int(rows[i]),
+            "observable_2": _observable_of(bif, columns[j]),
+            "batch_2": int(columns[j]),
+            "influence": float(values[i, j]),
+        }
         for i, j in zip(*np.unravel_index(order, strength.shape), strict=True)
         if strength[i, j] >= 0
     ]
 
 
-def influence_table(pairs: Sequence[Mapping[str, float]]) -> Table:
+def influence_table(pairs: Sequence[Mapping[str, Any]]) -> Table:
     """Show pairs of sequences; see :func:`influence_pairs`."""
     table = Table(title="Strongest pairs of sequences", title_justify="left", show_edge=False)
     for heading in ("sequence", "sequence", "influence"):
         table.add_column(heading, justify="right")
     for pair in pairs:
-        table.add_row(str(pair["batch_1"]), str(pair["batch_2"]), f"{pair['influence']:+.4f}")
+        sides = (f"{escape(pair[f'observable_{n}'])} {pair[f'batch_{n}']}" for n in (1, 2))
+        table.add_row(*sides, f"{pair['influence']:+.4f}")
     return table
+
+
+def partner_figures(bif: xr.Dataset) -> dict[str, Any]:
+    """Give every query with its partners, as lists (sign, query, rank).
+
+    Parameters
+    ----------
+    bif : xr.Dataset
+        Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+    """
+    of_query = ("query_batch", "query_target_position")
+    of_partner = ("influences", "partner_batch", "partner_target_position")
+    figures = {name: bif[name].to_numpy().tolist() for name in (*of_query, *of_partner)}
+    return {"observables": bif.attrs["observables"], **figures}
+
+
+def numbering(bif: xr.Dataset) -> str:
+    """Say which sequences are whose."""
+    ends = np.cumsum([*bif.attrs["observables"].values()]).tolist()
+    spans = [
+        f"{first} to {end - 1} {name}"
+        for first, end, name in zip([0, *ends], ends, bif.attrs["observables"], strict=False)
+    ]
+    return f"Sequences: {', '.join(spans)}. Positions count from 1."
+
+
+def _observable_of(bif: xr.Dataset, sequence: int) -> str:
+    """Name the observable that a sequence, numbered over all of them, is of."""
+    ends = np.cumsum([*bif.attrs["observables"].values()])
+    return str([*bif.attrs["observables"]][np.searchsorted(ends, sequence, side="right")])
 
 
 def partner_table(bif: xr.Dataset, queries: int, partners: int) -> Table:

@@ -75,6 +75,18 @@ def test_building_reads_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_result_says_whose_its_sequences_are(kind: str) -> None:
+    got = basinscope.compute_bif(TREE, loss_keys=["b", "a"], **KINDS[kind])
+    first = 0
+    for name, count in got.attrs["observables"].items():
+        mine = got["input_ids"][first : first + count].to_numpy()
+        np.testing.assert_array_equal(mine, TREE[f"input_ids_{name}"].to_numpy())
+        first += count
+    assert [*got.attrs["observables"]] == ["b", "a"]
+    assert first == got.sizes["batch"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_streamed_to_a_path_is_what_memory_holds(
     kind: str, whole: Path, tmp_path: Path
 ) -> None:

@@ -38,10 +38,16 @@ def test_every_pair_of_sequences_is_listed_once(
 ) -> None:
     values = np.full((len(rows), len(columns)), 0.5, np.float32)
     influences = xr.Dataset(
-        {"influences": (("batch_1", "batch_2"), values)}, {"batch_1": rows, "batch_2": columns}
+        {"influences": (("batch_1", "batch_2"), values)},
+        {"batch_1": rows, "batch_2": columns},
+        {"observables": {"code": 2, "pile": 4}},
     )
     pairs = influence_pairs(influences, 10)
     assert sorted((pair["batch_1"], pair["batch_2"]) for pair in pairs) == found
+    for pair in pairs:
+        for side in "12":
+            expected = "code" if pair[f"batch_{side}"] < 2 else "pile"
+            assert pair[f"observable_{side}"] == expected
 
 
 def test_an_llc_on_an_observable_says_what_it_is_taken_against() -> None:
