@@ -49,7 +49,7 @@ def extract_dataset(
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face causal LM or a TransformerLens ``HookedTransformer``, on its own device.
+        A Hugging Face causal LM or a TransformerLens model, on its own device.
     dataset : datasets.Dataset
         Column ``input_ids``, all rows of one length.
     config : ExtractionConfig

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from basinscope.models.activation_cache import ActivationCache
 from basinscope.models.forward import (
     evaluating,
+    inside_bridge,
     is_hugging_face,
     max_sequence_length,
     token_logits,
@@ -131,8 +132,8 @@ def extract(
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face causal LM or a TransformerLens ``HookedTransformer``. Dropout is off
-        meanwhile, and the model comes back as it was.
+        A Hugging Face causal LM or a TransformerLens model. Dropout is off meanwhile, and the model
+        comes back as it was.
     input_ids : Tensor (example, token)
     config : ExtractionConfig
     interventions : sequence of Intervention
@@ -175,7 +176,7 @@ class Extractor:
                 f"config={config!r} must be an ExtractionConfig, such as "
                 "ExtractionConfig(resid_out=True)"
             )
-        self.model = model
+        self.model = model = inside_bridge(model)
         self.config = config
         self.interventions = _listed(interventions)
         self.sites = find_sites(model)

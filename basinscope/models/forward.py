@@ -20,8 +20,8 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face causal LM, a TransformerLens ``HookedTransformer``, or any module that maps
-        ids to logits or to an object with ``.logits``.
+        A Hugging Face causal LM, a TransformerLens model, or any module that maps ids to logits or
+        to an object with ``.logits``.
     input_ids : Tensor (batch, token)
 
     Returns
@@ -51,8 +51,18 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     return logits
 
 
+def inside_bridge(model: nn.Module) -> nn.Module:
+    """Give the model that a TransformerLens ``TransformerBridge`` goes around.
+
+    It is a Hugging Face model with the bridge's hooks in place of its modules; names of its
+    parameters and modules are good for the bridge too. Any other model is given back.
+    """
+    inside = vars(model).get("original_model")
+    return inside if isinstance(inside, nn.Module) and is_transformer_lens(model) else model
+
+
 def is_transformer_lens(model: nn.Module) -> bool:
-    """Whether a model looks like a TransformerLens ``HookedTransformer``."""
+    """Whether a model looks like a ``HookedTransformer`` or ``TransformerBridge``."""
     if not hasattr(getattr(model, "cfg", None), "n_heads"):
         return False
     return "return_type" in inspect.signature(model.forward).parameters
@@ -66,6 +76,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 def vocabulary_size(model: nn.Module) -> int | None:
     """Count the ids that the model's embedding takes; None where it cannot be told."""
+    model = inside_bridge(model)
     if is_transformer_lens(model):
         return int(model.cfg.d_vocab)  # type: ignore[union-attr,arg-type]
     if is_hugging_face(model):
@@ -76,6 +87,7 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 def max_sequence_length(model: nn.Module) -> int | None:
     """Give the longest sequence for which a model has positions; None where no table limits it."""
+    model = inside_bridge(model)
     if is_transformer_lens(model):
         return int(model.cfg.n_ctx)  # type: ignore[union-attr,arg-type]
     limit = trained_length(model)

@@ -43,7 +43,7 @@ def create_param_masks(model: nn.Module, restriction: str | Sequence[str]) -> Pa
     Parameters
     ----------
     model : nn.Module
-        A Hugging Face causal LM, or a TransformerLens ``HookedTransformer``.
+        A Hugging Face causal LM or a TransformerLens model.
     restriction : str or list of str
         As the table of this module says; a list is the union, "full" not allowed in it.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from basinscope.models.forward import (
     evaluating,
+    inside_bridge,
     is_transformer_lens,
     token_logits,
     vocabulary_size,
@@ -116,6 +117,7 @@ def find_structure(model: nn.Module) -> ModelStructure:
     UnknownStructureError
         If the model has no layers; says what was found.
     """
+    model = inside_bridge(model)
     if is_transformer_lens(model):
         return _hooked_structure(model)
     lists = _layer_lists(model)
@@ -179,6 +181,7 @@ def layer_modules(model: nn.Module) -> list[str]:
     UnknownStructureError
         If there is no list of layers, or if the parts of layers are kept in several lists.
     """
+    model = inside_bridge(model)
     if is_transformer_lens(model):
         blocks = getattr(model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList):
@@ -202,6 +205,7 @@ def attention_modules(model: nn.Module) -> list[list[str]]:
     UnknownStructureError
         If there is no list of layers.
     """
+    model = inside_bridge(model)
     lists = _layer_lists(model)
     return [_parts_of_layer(model, lists, number)[1] for number in range(len(lists[0][1]))]
 
@@ -263,6 +267,8 @@ def _parts_of_layer(
         for prefix in prefixes
         for local, parameter in model.get_submodule(prefix).named_parameters(prefix=prefix)
     }
+    unused = [name for prefix in prefixes for name in _cut_into_parts(model, prefix)]
+    inside = {n: c for n, c in inside.items() if not _within(n, unused)}
     plain = {n: c for n, c in inside.items() if not _within(n, norms) and not _within(n, cross)}
     return {
         "parameters": tuple(inside.values()),
@@ -309,8 +315,31 @@ def projections_of(model: nn.Module, attention: list[str]) -> dict[str, nn.Modul
         name: module
         for prefix in attention
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix)
-        if _is_projection(module) and not _CROSS.search(name[len(prefix) :])
+        if _is_projection(module)
+        and not _CROSS.search(name[len(prefix) :])
+        and not _within(name, _cut_into_parts(model, prefix))
     }
+
+
+def unused_parameters(model: nn.Module) -> set[str]:
+    """Name what a TransformerLens ``TransformerBridge`` keeps and no longer uses.
+
+    These are fused projections, which it has cut into parameters of their own.
+    """
+    inside = inside_bridge(model)
+    fused = [] if inside is model else _cut_into_parts(inside, "")
+    return {name for name, _ in inside.named_parameters() if _within(name, fused)}
+
+
+def _cut_into_parts(model: nn.Module, prefix: str) -> list[str]:
+    found = []
+    for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
+        parts = dict(module.named_children()).keys()
+        if {"qkv", "q", "k", "v"} <= parts:
+            found.append(f"{name}.qkv")
+        if {"gate", "in"} <= parts and hasattr(module, "fused_attr"):
+            found.append(f"{name}._original_component.{module.fused_attr}")
+    return found
 
 
 def _local(projections: dict[str, nn.Module]) -> list[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from basinscope.models.forward import (
     evaluating,
+    inside_bridge,
     is_hugging_face,
     is_transformer_lens,
     max_sequence_length,
@@ -104,6 +105,7 @@ def find_unembedding(model: nn.Module) -> Unembedding:
     UnknownStructureError
         If the logits are no such function of what the last layer returns; says what was found.
     """
+    model = inside_bridge(model)
     with _naming(model), torch.inference_mode(mode=False), torch.no_grad():
         run = _run(model)
         if run.norm is not None and not _alike(run.norm.given, run.stream):

@@ -28,7 +28,7 @@ from basinscope.io.store import SampleStore, now
 from basinscope.io.writer import BackgroundWriter, RowBuffer
 from basinscope.kernels.noise import INIT, fill_normal
 from basinscope.kernels.sgld import SgldUpdate
-from basinscope.models.forward import to_device
+from basinscope.models.forward import inside_bridge, to_device
 from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonFiniteLossError
 from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
@@ -524,13 +524,24 @@ def _place_buffers(model: nn.Module, original: nn.Module) -> None:
 
 def copied(model: nn.Module) -> nn.Module:
     """Copy the caller's model, which stays as it is."""
+    kept = {} if inside_bridge(model) is model else _patterns(model)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, kept)
     except Exception as error:
         raise TypeError(
             f"{type(model).__name__} cannot be copied ({error}); sampling works on a copy so "
             "that your model stays as it is: detach tensors that the model keeps, or remove hooks"
         ) from error
+
+
+def _patterns(bridge: nn.Module) -> dict[int, Tensor]:
+    """What a ``TransformerBridge`` keeps of its last run, for deepcopy without the graph behind."""
+    return {
+        id(value): value.detach()
+        for module in bridge.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def perturb(

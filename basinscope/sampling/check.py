@@ -20,6 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from basinscope.models.entry import NoEntryError, find_entry
 from basinscope.models.forward import (
+    inside_bridge,
     max_sequence_length,
     to_device,
     token_logits,
@@ -28,7 +29,13 @@ from basinscope.models.forward import (
 )
 from basinscope.models.head import LinearHead, NoLinearHeadError, find_linear_head
 from basinscope.models.restrictions import create_param_masks, structure_of
-from basinscope.models.structure import Layer, ModelStructure, UnknownStructureError, layer_modules
+from basinscope.models.structure import (
+    Layer,
+    ModelStructure,
+    UnknownStructureError,
+    layer_modules,
+    unused_parameters,
+)
 from basinscope.sampling.chain import copied, cuda_devices
 from basinscope.sampling.data import check_dataset, read_rows
 from basinscope.sampling.findings import Finding, ModelReport
@@ -113,7 +120,7 @@ def check_model(
             f"batch_size must be a whole number of at least 2, so that a sequence has company; got "
             f"{batch_size!r}"
         )
-    parameters = dict(model.named_parameters())
+    parameters = _used(model)
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters to sample")
     if any(parameter.is_meta for parameter in parameters.values()):
@@ -139,6 +146,11 @@ def check_model(
     return ModelReport(
         type(model).__name__, sum(p.numel() for p in parameters.values()), tuple(findings)
     )
+
+
+def _used(model: nn.Module) -> dict[str, nn.Parameter]:
+    unused = unused_parameters(model)
+    return {name: p for name, p in model.named_parameters() if name not in unused}
 
 
 def _structure(model: nn.Module) -> Finding:
@@ -188,7 +200,7 @@ def _heads(layer: Layer) -> str:
 
 
 def _restrictions(model: nn.Module, restrictions: Restrictions | Sequence[str] | None) -> Finding:
-    parameters = dict(model.named_parameters())
+    parameters = _used(model)
     which = "The restrictions that are given"
     if restrictions is None:
         which = "Attention and MLP of all layers, embedding and unembedding"
@@ -268,12 +280,18 @@ def _dtypes(parameters: Mapping[str, nn.Parameter]) -> Finding:
 def _tied(model: nn.Module) -> Finding:
     names: dict[int, list[str]] = {}
     own: dict[int, nn.Parameter] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        own[id(parameter)] = parameter
+    used = {id(parameter) for parameter in _used(model).values()}
+    inside = inside_bridge(model)
+    for place, module in inside.named_modules(remove_duplicate=inside is not model):  # has aliases
+        for name, parameter in module.named_parameters(place, recurse=False):
+            if id(parameter) in used:
+                names.setdefault(id(parameter), []).append(name)
+                own[id(parameter)] = parameter
     tied = [group for group in names.values() if len(group) > 1]
     overlapping = [
-        sorted(names[key][0] for key in group) for group in _overlapping(own) if len(group) > 1
+        sorted(names[key][0] for key in group)
+        for group in _side_by_side(own)
+        if _share_elements([own[key] for key in group])
     ]
     values = {"tied": tied, "overlapping": overlapping}
     if overlapping:
@@ -292,16 +310,37 @@ def _tied(model: nn.Module) -> Finding:
     return Finding("tied", "ok", "No parameters share their memory.", values)
 
 
-def _overlapping(parameters: Mapping[int, nn.Parameter]) -> list[list[int]]:
-    """Group parameters whose elements lie in the same bytes."""
+def _share_elements(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether two parameters have an element in common, and not only lie between each other's."""
+    first = min(parameter.data_ptr() for parameter in parameters)
+    size = parameters[0].element_size()
+    if any(parameter.element_size() != size for parameter in parameters):
+        return True
+    starts = [(parameter.data_ptr() - first) // size for parameter in parameters]
+    taken = torch.zeros(
+        max(start + _extent(p) for start, p in zip(starts, parameters, strict=True)),
+        dtype=torch.bool,
+    )
+    for start, parameter in zip(starts, parameters, strict=True):
+        mine = taken.as_strided(parameter.shape, parameter.stride(), start)
+        if mine.any():
+            return True
+        mine.fill_(True)
+    return False
+
+
+def _extent(parameter: Tensor) -> int:
+    """Elements from its first to its last in memory."""
+    return 1 + sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+
+
+def _side_by_side(parameters: Mapping[int, nn.Parameter]) -> list[list[int]]:
+    """Group parameters of which one begins in memory before another one ends."""
     spans = []
     for key, parameter in parameters.items():
         if parameter.numel():
             start = parameter.data_ptr()
-            last = sum(
-                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
-            )
-            spans.append((start, start + (last + 1) * parameter.element_size(), key))
+            spans.append((start, start + _extent(parameter) * parameter.element_size(), key))
     groups: list[list[int]] = []
     reached = 0
     for start, end, key in sorted(spans):

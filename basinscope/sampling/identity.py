@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.forward import is_hugging_face
+from basinscope.models.forward import inside_bridge, is_hugging_face
 
 # of a configuration: where it came from, and what changes no logit
 NO_IDENTITY = {"transformers_version", "name_or_path", "torch_dtype", "dtype", "use_cache"}
@@ -87,6 +87,7 @@ def digest_of(*arrays: np.ndarray) -> str:
 
 
 def _config_digest(model: nn.Module) -> str | None:
+    model = inside_bridge(model)
     if not is_hugging_face(model):
         return None
     settings = {

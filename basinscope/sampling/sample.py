@@ -119,7 +119,7 @@ def sample(
     ----------
     model : nn.Module
         Maps ``input_ids (batch, token)`` to logits: a Hugging Face causal LM, a TransformerLens
-        ``HookedTransformer``, or any module that returns logits or an object with ``.logits``.
+        model, or any module that returns logits or an object with ``.logits``.
     dataset : datasets.Dataset
         What chains are trained on: a column ``input_ids``, all rows of one length, at least 2.
     observables : dict
@@ -425,12 +425,24 @@ def _check_loss(job: SamplingJob, model: nn.Module) -> None:
 def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind: str) -> None:
     """Refuse a loss that is not of the copy's weights; name those that it does not depend on."""
     moved = {name: p for name, p in model.named_parameters() if name in job.masks}
+    original = {name: p for name, p in job.model.named_parameters() if p.requires_grad}
     try:
-        found = torch.autograd.grad(losses.mean(), list(moved.values()), allow_unused=True)
+        found = torch.autograd.grad(
+            losses.mean(), [*moved.values(), *original.values()], allow_unused=True
+        )
     except RuntimeError as error:
         if "use_reentrant" in str(error):  # such a checkpoint takes backward() alone
             return
         raise
+    of_original = [n for n, g in zip(original, found[len(moved) :], strict=True) if g is not None]
+    if of_original:
+        raise ValueError(
+            f"{kind} depends on weights of the model that you passed ({', '.join(of_original[:3])}"
+            f"{', ...' if len(of_original) > 3 else ''}): sampling moves a copy of your model, and "
+            "a forward or a loss_fn that holds on to the model itself (a closure, a wrapped "
+            "forward) never sees the copy move. Take weights from the model that is passed in"
+        )
+    found = found[: len(moved)]
     gradients = dict(zip(moved, found, strict=True))
     sparse = [name for name, g in gradients.items() if g is not None and g.layout != torch.strided]
     if sparse:
@@ -441,10 +453,8 @@ def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind:
     without = [name for name, gradient in gradients.items() if gradient is None]
     if len(without) == len(moved):
         raise ValueError(
-            f"{kind} does not depend on the weights of the model it is given: sampling moves a "
-            "copy of your model, and a forward or a loss_fn that holds on to the model itself (a "
-            "closure, a wrapped forward) never sees the copy move. Take weights from the model "
-            "that is passed in"
+            f"{kind} does not depend on the weights of the model it is given, of which sampling "
+            "moves a copy: take weights from the model that is passed in"
         )
     if without:
         warnings.warn(

@@ -231,6 +231,11 @@ def test_parameters_that_overlap_without_being_one() -> None:
     model.embed.weight = nn.Parameter(flat[: VOCABULARY * 12].view(VOCABULARY, 12))
     model.head.weight = nn.Parameter(flat[VOCABULARY * 12 :].view(VOCABULARY, 12))
     assert found(model, "tied").level == "ok"  # neighbours in one storage
+    both = flat.view(VOCABULARY, 24)
+    model.embed.weight, model.head.weight = map(nn.Parameter, (both[:, :12], both[:, 12:]))
+    assert found(model, "tied").level == "ok"  # in turns, row by row
+    model.head.weight = nn.Parameter(both[:, 11:23])
+    assert found(model, "tied").level == "warning"
 
 
 def test_parameters_that_no_restriction_moves() -> None:

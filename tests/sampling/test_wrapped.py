@@ -64,10 +64,21 @@ def test_a_loss_of_the_original_is_refused(how: str, tmp_path: Path) -> None:
         model.forward = lambda ids: whole(ids)  # type: ignore[method-assign]
     else:
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(whole)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="does not depend on the weights of the model it is given"):
+    with pytest.raises(ValueError, match=r"weights of the model that you passed \(embed"):
         run(tmp_path, model, loss_fn=loss_fn)
     assert not list(tmp_path.iterdir())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_part_that_stays_the_original_is_refused(tmp_path: Path) -> None:
+    model = RawModel()
+    head = model.head.forward
+    model.head.forward = lambda hidden: head(hidden)  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"of the model that you passed \(head.weight, head.bias\)"
+    ):
+        run(tmp_path, model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_parameters_without_a_gradient_are_named(tmp_path: Path) -> None:
