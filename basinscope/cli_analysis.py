@@ -126,6 +126,10 @@ def bif(
         list[str] | None,
         typer.Option(help="A query token as SEQUENCE:POSITION (from 1); may be given again."),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Folder, tokenizer.json or name, for the text of tokens with --top-k."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda: products on the GPU.")] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -143,6 +147,7 @@ def bif(
     with readable_errors(), short_warnings(), _running_on(threads, scheduler):
         from basinscope.analysis.bif import compute_bif, plan_bif
         from basinscope.report import tables
+        from basinscope.sampling.loading import load_words
 
         require_one_of("--method", method, ("token", "sequence"))
         require_one_of("--chains", chains, ("stack", "mean"))
@@ -150,9 +155,12 @@ def bif(
             raise ValueError("--top-k goes neither with --method sequence nor with --average")
         if query and top_k is None:
             raise ValueError("--query asks for the strongest partners of tokens: give --top-k too")
+        if tokenizer is not None and top_k is None:
+            raise ValueError("--tokenizer shows the tokens of --top-k: give --top-k too")
         if (device or "").startswith("cuda"):
             import torch  # noqa: F401
         refuse_other_kinds(store)
+        words = None if tokenizer is None else load_words(tokenizer)
         options: dict[str, Any] = {
             "correlation_method": method,
             "reduce_chain_dimension_method": chains,
@@ -193,9 +201,9 @@ def bif(
             pairs = tables.influence_pairs(result, 10)
             print_json(pairs) if as_json else out.print(tables.influence_table(pairs))
         elif as_json:
-            print_json(tables.partner_figures(result))
+            print_json(tables.partner_figures(result, words))
         else:
-            out.print(tables.partner_table(result, queries=8, partners=3))
+            out.print(tables.partner_table(result, 8, 3, words))
             out.print(tables.numbering(result), highlight=False, markup=False)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from basinscope.report.console import out, print_json, readable_errors, short_warnings
 from basinscope.report.numbers import GRAMMAR, parse_numbers
+from basinscope.report.words import Words, quoted
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 STREAMS = ("resid_in", "resid_mid", "resid_out")
 TOKEN_CELLS = 14  # of a terminal, for one token and its probability
-Words = Callable[[int], str]
 
 
 def lens(
@@ -164,7 +164,7 @@ def _reader(store: Path, tree: xr.DataTree, model: str | None) -> LogitLens:
 def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
     """From a token id to its text; to the id itself, with a warning, where the model has none."""
     from basinscope.analysis.lens_inputs import model_name
-    from basinscope.sampling.loading import lacks_tokenizer, load_tokenizer
+    from basinscope.sampling.loading import lacks_tokenizer, load_words
 
     name = tokenizer or model_name(dataset)
     if name is None:
@@ -176,15 +176,7 @@ def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
             stacklevel=2,
         )
         return str
-    found = load_tokenizer(name)
-    piece = getattr(found, "id_to_token", None) or found.convert_ids_to_tokens
-
-    def word(token: int) -> str:
-        shown: str = found.decode([token], skip_special_tokens=False)
-        # part of a character is no text, and some ids are not the tokenizer's
-        return shown if shown and "\ufffd" not in shown else piece(token) or str(token)
-
-    return word
+    return load_words(name)
 
 
 def _read_tokens(chosen: xr.Dataset) -> np.ndarray | None:
@@ -244,7 +236,7 @@ def _token_tables(found: xr.Dataset, read: np.ndarray | None, words: Words) -> I
         for number in layers[start : start + at_once]:
             table.add_column(f"layer {number}", no_wrap=True)
         for place, name in enumerate(_places(found)):
-            token = "" if read is None or read[place] < 0 else _quoted(words(int(read[place])))
+            token = "" if read is None or read[place] < 0 else quoted(words(int(read[place])))
             cells = [
                 _cell(found.isel(layer=layer, position=place), words)
                 for layer in range(start, min(start + at_once, len(layers)))
@@ -256,18 +248,12 @@ def _token_tables(found: xr.Dataset, read: np.ndarray | None, words: Words) -> I
 def _cell(one: xr.Dataset, words: Words) -> Text:
     """The top tokens of one layer at one position, a line for each."""
     lines = [
-        f"{_quoted(words(token)) if token >= 0 else 'not finite':<8} {share:.2f}"
+        f"{quoted(words(token)) if token >= 0 else 'not finite':<8} {share:.2f}"
         for token, share in zip(
             one["token"].to_numpy().tolist(), one["probability"].to_numpy().tolist(), strict=True
         )
     ]
     return Text("\n".join(lines))
-
-
-def _quoted(word: str) -> str:
-    """A word with its spaces to be seen, at most eight characters of it."""
-    shown = "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in word)
-    return shown if len(shown) <= 8 else f"{shown[:7]}…"
 
 
 def _measures_table(measured: xr.Dataset) -> Table:

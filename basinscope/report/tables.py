@@ -16,6 +16,7 @@ from basinscope.analysis.diagnostics import SharedBatches, error_of_rise
 from basinscope.analysis.plan import Plan
 from basinscope.io import dims
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING, sampler_settings
+from basinscope.report.words import Words, quoted
 
 COLOURS = {DONE: "green", FAILED: "red", PENDING: "dim", RUNNING: "cyan", "interrupted": "yellow"}
 
@@ -239,18 +240,28 @@ def influence_table(pairs: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def partner_figures(bif: xr.Dataset) -> dict[str, Any]:
-    """Give every query with its partners, as lists (sign, query, rank).
+def partner_figures(bif: xr.Dataset, words: Words | None = None) -> dict[str, Any]:
+    """Give every query with its partners, as lists (query,) and (sign, query, rank).
 
     Parameters
     ----------
     bif : xr.Dataset
         Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+    words : function of int to str, optional
+        Adds the text of their tokens.
     """
-    of_query = ("query_batch", "query_target_position")
-    of_partner = ("influences", "partner_batch", "partner_target_position")
-    figures = {name: bif[name].to_numpy().tolist() for name in (*of_query, *of_partner)}
-    return {"observables": bif.attrs["observables"], **figures}
+    figures: dict[str, Any] = {"observables": bif.attrs["observables"]}
+    for kind, also in (("query", ()), ("partner", ("influences",))):
+        places = (f"{kind}_batch", f"{kind}_target_position")
+        figures |= {name: bif[name].to_numpy().tolist() for name in (*places, *also)}
+        if words is not None:
+            batch, position = (bif[name].to_numpy() for name in places)
+            tokens = bif["input_ids"].to_numpy()[batch, position]
+            texts = [
+                words(t) if b >= 0 else None for t, b in zip(tokens.flat, batch.flat, strict=True)
+            ]
+            figures[f"{kind}_token"] = np.reshape(np.array(texts, object), batch.shape).tolist()
+    return figures
 
 
 def numbering(bif: xr.Dataset) -> str:
@@ -269,13 +280,33 @@ def _observable_of(bif: xr.Dataset, sequence: int) -> str:
     return str([*bif.attrs["observables"]][np.searchsorted(ends, sequence, side="right")])
 
 
-def partner_table(bif: xr.Dataset, queries: int, partners: int) -> Table:
-    """Show the strongest partners of the first queries, as sequence:position."""
+def partner_table(
+    bif: xr.Dataset, queries: int, partners: int, words: Words | None = None
+) -> Table:
+    """Show the strongest partners of the first queries, as sequence:position.
+
+    Parameters
+    ----------
+    bif : xr.Dataset
+        Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+    queries, partners : int
+        How many at most; partners of each sign.
+    words : function of int to str, optional
+        Shows the tokens whose losses these are, too.
+    """
+
+    def named(batch: int, position: int) -> str:
+        text = f"{batch}:{position}"
+        if words is None:
+            return text
+        token = int(bif["input_ids"][batch, position])
+        return f"{text} {escape(quoted(words(token)))}"
+
     total = bif.sizes["query"]
     shown = min(queries, total)
     title = f"Strongest partners of {shown} of {total} query tokens (sequence:position)"
-    table = Table(title=title, title_justify="left", show_edge=False)
-    table.add_column("query", justify="right", no_wrap=True)
+    table = Table(title=title, title_justify="left", show_edge=False, show_lines=True)
+    table.add_column("query", no_wrap=True)
     for sign in bif["sign"].values:
         table.add_column(str(sign))
     for query in range(shown):
@@ -283,20 +314,18 @@ def partner_table(bif: xr.Dataset, queries: int, partners: int) -> Table:
         cells = []
         for sign in range(one.sizes["sign"]):
             found = one.isel(sign=sign, rank=slice(partners))
-            cells.append(
-                "  ".join(
-                    f"{batch}:{position} {value:+.3f}"
-                    for batch, position, value in zip(
-                        found["partner_batch"].values,
-                        found["partner_target_position"].values,
-                        found["influences"].values,
-                        strict=True,
-                    )
-                    if batch >= 0
+            lines = [
+                f"{value:+.3f}  {named(batch, position)}"
+                for batch, position, value in zip(
+                    found["partner_batch"].values,
+                    found["partner_target_position"].values,
+                    found["influences"].values,
+                    strict=True,
                 )
-                or "-"
-            )
-        at = f"{int(one['query_batch'])}:{int(one['query_target_position'])}"
+                if batch >= 0
+            ]
+            cells.append("\n".join(lines) or "-")
+        at = named(int(one["query_batch"]), int(one["query_target_position"]))
         table.add_row(at, *cells)
     return table
 

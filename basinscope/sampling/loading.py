@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +73,30 @@ def load_tokenizer(name: str) -> Any:
 
     with _explained("tokenizer", name):
         return AutoTokenizer.from_pretrained(name)
+
+
+def load_words(name: str) -> Callable[[int], str]:
+    """Load a tokenizer to turn token ids into their texts.
+
+    Parameters
+    ----------
+    name : str
+        As for :func:`load_tokenizer`, whose errors it raises.
+
+    Returns
+    -------
+    function of int to str
+        What is no text of its own, such as a part of a character, goes by its name in the
+        vocabulary; ids that are not in there stay numbers.
+    """
+    tokenizer = load_tokenizer(name)
+    piece = getattr(tokenizer, "id_to_token", None) or tokenizer.convert_ids_to_tokens
+
+    def word(token: int) -> str:
+        text: str = tokenizer.decode([token], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else piece(token) or str(token)
+
+    return word
 
 
 def lacks_tokenizer(name: str) -> bool:

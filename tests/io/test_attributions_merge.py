@@ -266,5 +266,5 @@ def test_eight_large_parts_fit_in_400_mb(tmp_path: Path) -> None:
     from benchmarks import attribution_merge
 
     figures = attribution_merge.measure(tmp_path, parts=8, megabytes=500)
-    assert figures["part_mib"] > 450
+    assert figures["part_mib"] > 400  # of 500 MB of sums, compressed
     assert figures["peak_growth_mib"] < 400

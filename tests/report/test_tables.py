@@ -19,8 +19,11 @@ from basinscope.report.tables import (
     llc_figures,
     llc_notes,
     llc_table,
+    numbering,
     observables_notes,
     observables_table,
+    partner_figures,
+    partner_table,
 )
 from tests.analysis.stores_random import random_tree
 
@@ -48,6 +51,35 @@ def test_every_pair_of_sequences_is_listed_once(
         for side in "12":
             expected = "code" if pair[f"batch_{side}"] < 2 else "pile"
             assert pair[f"observable_{side}"] == expected
+
+
+def test_partners_are_shown_with_their_tokens() -> None:
+    tree = random_tree(1, observables={"code": 3, "pile": 4})
+    queries = [(0, 2), (5, 1)]
+    found = basinscope.compute_bif(tree, top_k=2, queries=queries).compute()
+    ids = found["input_ids"].to_numpy()
+
+    def words(token: int) -> str:
+        return f"[t{token}]"
+
+    figures = partner_figures(found, words)
+    assert figures["observables"] == {"code": 3, "pile": 4}
+    assert figures["query_token"] == [words(ids[at]) for at in queries]
+    fields = ("partner_batch", "partner_target_position", "partner_token")
+    for batch, position, text in zip(
+        *(np.array(figures[name], object).flat for name in fields), strict=True
+    ):
+        assert text == (words(ids[batch, position]) if batch >= 0 else None)
+    assert "query_token" not in partner_figures(found)
+
+    text = shown(partner_table(found, 1, 2, words))
+    strongest = found.isel(query=0, sign=0, rank=0)
+    at = int(strongest["partner_batch"]), int(strongest["partner_target_position"])
+    line = f"{float(strongest['influences']):+.3f}  {at[0]}:{at[1]} {words(ids[at])}"
+    assert line in text
+    assert f"0:2 {words(ids[0, 2])}" in text
+    assert "[t" not in shown(partner_table(found, 1, 2))
+    assert numbering(found) == "Sequences: 0 to 2 code, 3 to 6 pile. Positions count from 1."
 
 
 def test_an_llc_on_an_observable_says_what_it_is_taken_against() -> None:

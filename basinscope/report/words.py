@@ -1,0 +1,13 @@
+"""Tokens as text in tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Words = Callable[[int], str]  # from a token id to its text
+
+
+def quoted(word: str) -> str:
+    """Give a word with its spaces to be seen, at most eight characters of it."""
+    shown = "".join("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in word)
+    return shown if len(shown) <= 8 else f"{shown[:7]}…"
