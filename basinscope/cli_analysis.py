@@ -130,6 +130,9 @@ def bif(
         str | None,
         typer.Option(help="Folder, tokenizer.json or name, for the text of tokens with --top-k."),
     ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="An HTML file of the partners in their text, with --top-k.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda: products on the GPU.")] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -147,6 +150,8 @@ def bif(
     with readable_errors(), short_warnings(), _running_on(threads, scheduler):
         from basinscope.analysis.bif import compute_bif, plan_bif
         from basinscope.report import tables
+        from basinscope.report.influence_page import influence_page
+        from basinscope.report.page import require_new
         from basinscope.sampling.loading import load_words
 
         require_one_of("--method", method, ("token", "sequence"))
@@ -155,8 +160,11 @@ def bif(
             raise ValueError("--top-k goes neither with --method sequence nor with --average")
         if query and top_k is None:
             raise ValueError("--query asks for the strongest partners of tokens: give --top-k too")
-        if tokenizer is not None and top_k is None:
-            raise ValueError("--tokenizer shows the tokens of --top-k: give --top-k too")
+        for option, value in (("--tokenizer", tokenizer), ("--page", page)):
+            if value is not None and top_k is None:
+                raise ValueError(f"{option} shows the tokens of --top-k: give --top-k too")
+        if page is not None:
+            require_new(page)
         if (device or "").startswith("cuda"):
             import torch  # noqa: F401
         refuse_other_kinds(store)
@@ -200,11 +208,20 @@ def bif(
         if top_k is None:
             pairs = tables.influence_pairs(result, 10)
             print_json(pairs) if as_json else out.print(tables.influence_table(pairs))
-        elif as_json:
+            return
+        if page is not None:
+            facts = {
+                "store": store,
+                "sequences": tables.numbering(result),
+                "influence": result["influences"].attrs["long_name"],
+            }
+            _say_written(influence_page(page, result, facts, words or "{} ".format), as_json)
+        if as_json:
             print_json(tables.partner_figures(result, words))
         else:
             out.print(tables.partner_table(result, 8, 3, words))
-            out.print(tables.numbering(result), highlight=False, markup=False)
+            note = f"Sequences: {tables.numbering(result)}. Positions count from 1."
+            out.print(note, highlight=False, markup=False)
 
 
 def susceptibilities(

@@ -24,6 +24,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     import datasets
+    import tokenizers
     import torch
     import xarray as xr
     from rich.console import Console
@@ -187,6 +188,7 @@ def _trained_or_loaded(
         model = build_model(scale)
         _train_with_progress(console, model, _as_array(balanced(train)), scale)
         _save_model(model, folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
     losses = {name: evaluate(model, _as_array(dataset)) for name, dataset in held_out.items()}
     shown = ", ".join(f"{name} [bold]{loss:.2f}[/]" for name, loss in losses.items())
     console.print(f"Held-out loss: {shown} nats per byte (guessing: {math.log(VOCAB):.2f}).")
@@ -307,6 +309,8 @@ def _point_onwards(console: Console, out: Path, scale: Scale, seconds: float) ->
     for command in (
         f"basinscope info {store}",
         f"basinscope llc {store} --burn-in {scale.num_burnin_steps}",
+        f"basinscope bif {store} --top-k 50 --query {OBSERVED_BATCHES * scale.batch_size + 4}:30 "
+        f"--tokenizer {out / 'model'} --page {out / 'influence.html'}",
         f"python -c \"import basinscope; print(basinscope.open_store('{store}'))\"",
     ):
         console.print(f"  {command}", style="bold", markup=False, soft_wrap=True)
@@ -423,6 +427,20 @@ def build_model(scale: Scale) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return GPTNeoXForCausalLM(config)
+
+
+def byte_tokenizer() -> tokenizers.Tokenizer:
+    """Make a tokenizer of which ids are bytes, for tools that show tokens as text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    # byte-level tokenizers write a byte that is no printable character as one above all bytes
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(VOCAB, 2 * VOCAB))
+    names = [chr(byte if byte in printable else next(others)) for byte in range(VOCAB)]
+    tokenizer = Tokenizer(models.BPE({name: byte for byte, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def train_model(

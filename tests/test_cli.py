@@ -188,6 +188,7 @@ def test_an_option_is_called_by_its_name(folder: Path) -> None:
     for options, said in (
         (["--chains", "0:1"], "--chains '0:1': choose of stack, mean"),
         (["--method", "pearson"], "--method 'pearson': choose of token, sequence"),
+        (["--average", "--page", "p.html"], "--page shows the tokens of --top-k"),
         (["--average", "--tokenizer", "t"], "--tokenizer shows the tokens of --top-k"),
         (["--top-k", "2", "--tokenizer", "no-such"], "no-such"),
         (["--top-k", "2", "--average"], "--top-k goes neither with --method sequence nor with"),

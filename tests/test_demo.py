@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from basinscope import demo
 from basinscope.cli import app
 from basinscope.demo import QUICK
+from basinscope.sampling.loading import load_words
 from tests.analysis.stores_random import random_tree, write_tree
 
 TINY = replace(QUICK, row_length=17, hidden_size=16, num_layers=1, train_steps=30)
@@ -105,6 +106,17 @@ def test_byte_losses_are_next_byte_cross_entropies() -> None:
     log_p = logits.log_softmax(-1).numpy()
     expected = [[-log_p[r, t, rows[r, t + 1]] for t in range(16)] for r in range(2)]
     np.testing.assert_allclose(demo.byte_losses(model, rows), expected, rtol=1e-5)
+
+
+def test_ids_of_the_tokenizer_are_bytes(tmp_path: Path) -> None:
+    tokenizer = demo.byte_tokenizer()
+    text = "def f(x):\n\treturn 'é€' # ¡ÿ\0"
+    assert tokenizer.encode(text).ids == list(text.encode())
+    assert tokenizer.decode(list(text.encode())) == text
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = load_words(str(tmp_path))
+    assert [words(byte) for byte in range(128)] == [chr(byte) for byte in range(128)]
+    assert all(words(byte) for byte in range(128, 256))
 
 
 def test_the_report_agrees_with_the_commands_that_come_next(tmp_path: Path) -> None:

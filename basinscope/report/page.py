@@ -121,6 +121,9 @@ PAGE = Template("""<!doctype html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #333; margin: 0 auto; max-width: 75rem;
   padding: 0 1.5rem 3rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
+h3 { font-size: 1rem; font-weight: 500; color: #666; margin: 1rem 0 0; }
+.text { font-family: ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
+  margin: .2rem 0; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 fieldset { position: sticky; top: 0; background: #fff; border: 0; border-bottom: 1px solid #ddd;

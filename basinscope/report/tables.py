@@ -265,13 +265,13 @@ def partner_figures(bif: xr.Dataset, words: Words | None = None) -> dict[str, An
 
 
 def numbering(bif: xr.Dataset) -> str:
-    """Say which sequences are whose."""
+    """Say which sequences are whose, as in "0 to 15 code, 16 to 31 prose"."""
     ends = np.cumsum([*bif.attrs["observables"].values()]).tolist()
     spans = [
         f"{first} to {end - 1} {name}"
         for first, end, name in zip([0, *ends], ends, bif.attrs["observables"], strict=False)
     ]
-    return f"Sequences: {', '.join(spans)}. Positions count from 1."
+    return ", ".join(spans)
 
 
 def _observable_of(bif: xr.Dataset, sequence: int) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import basinscope
 from basinscope.analysis.llc import compute_llc
+from basinscope.report.influence_page import CONTEXT, PASSAGES, influence_page
 from basinscope.report.lens_page import lens_page
 from basinscope.report.page import section, table, write_page
 from basinscope.report.samples_page import samples_page
@@ -107,3 +109,62 @@ def test_a_page_of_a_lens_has_a_picture_for_each_measure_and_part(tmp_path: Path
     measured = measured.isel(position=[0] * 40)
     more = lens_page(tmp_path / "b.html", longer, measured, {}).read_text()
     assert len(SOURCE.findall(more)) == 2 * len(choices) * 3
+
+
+MARKED = re.compile(r'<span style="([^"]*)"(?: title="(\d+): ([+-][\d.]+)")?>([^<]*)</span>')
+
+
+def test_partners_are_coloured_where_they_stand(tmp_path: Path) -> None:
+    tree = random_tree(1, observables={"code": 6, "pile": 7}, tokens=100)
+    queries = [(0, 2), (12, 70)]
+    found = basinscope.compute_bif(tree, top_k=9, queries=queries).compute()
+    ids = found["input_ids"].to_numpy()
+    path = influence_page(tmp_path / "a.html", found, {"store": "<s>"}, "<{}> ".format)
+    head, *sections = path.read_text().split("<section>")
+    assert "&lt;s&gt;" in head
+    assert "<s>" not in head
+    for number, (section_, at) in enumerate(zip(sections, queries, strict=True)):
+        asked, *passages = section_.split("<h3>")
+        assert f"Query {at[0]}:{at[1]}<" in asked
+        assert escape(f"<{ids[at]}> ") in asked
+        one = found.isel(query=number)
+        fields = ("partner_batch", "partner_target_position", "influences")
+        listed = zip(*(one[name].to_numpy().ravel().tolist() for name in fields), strict=True)
+        by_strength = sorted(listed, key=lambda partner: -abs(partner[2]))
+        batches = list(dict.fromkeys(batch for batch, _, _ in by_strength))
+        assert len(passages) == min(PASSAGES, len(batches))
+        for passage, batch in zip(passages, batches, strict=False):
+            mine = {position: value for b, position, value in by_strength if b == batch}
+            about = next(iter(mine))
+            assert passage.startswith(f"{batch}:{about} {mine[about]:+.3f}</h3>")
+            near = {p: v for p, v in mine.items() if abs(p - about) <= CONTEXT}
+            marks = MARKED.findall(passage)
+            seen = {int(p): (style, float(v), text) for style, p, v, text in marks}
+            assert seen.keys() == near.keys()
+            for position, (style, value, text) in seen.items():
+                assert value == pytest.approx(near[position], abs=6e-4)
+                assert ("230, 159, 0" in style) == (value > 0)
+                assert ("underline" in style) == (position == about)
+                assert text == escape(f"<{ids[batch, position]}> ")
+            shade = abs(mine[about]) / abs(by_strength[0][2])
+            assert f", {shade:.2f})" in seen[about][0]
+            assert passage.count("…") == (about > CONTEXT) + (about + CONTEXT + 1 < ids.shape[1])
+
+
+def test_tokens_that_cannot_be_seen_are_shown(tmp_path: Path) -> None:
+    found = basinscope.compute_bif(random_tree(1), top_k=1, queries=[(0, 1)]).compute()
+    nul = influence_page(tmp_path / "a.html", found, {}, lambda _: "\0").read_text()
+    assert "\0" not in nul
+    assert "\\x00" in nul
+    lines = influence_page(tmp_path / "b.html", found, {}, lambda _: "\n").read_text()
+    assert "underline;" in lines
+    assert ">↵\n</span>" in lines
+
+
+def test_a_query_without_partners_is_shown_alone(tmp_path: Path) -> None:
+    tree = random_tree(1, observables={"code": 2})
+    tree.dataset = tree.to_dataset().assign(loss_code=tree["loss_code"] * 0)
+    found = basinscope.compute_bif(tree, top_k=3, queries=[(0, 1)]).compute()
+    page = influence_page(tmp_path / "a.html", found, {}, str).read_text()
+    assert "Query 0:1" in page
+    assert "<h3>" not in page.partition("<main>")[2]

@@ -79,7 +79,7 @@ def test_partners_are_shown_with_their_tokens() -> None:
     assert line in text
     assert f"0:2 {words(ids[0, 2])}" in text
     assert "[t" not in shown(partner_table(found, 1, 2))
-    assert numbering(found) == "Sequences: 0 to 2 code, 3 to 6 pile. Positions count from 1."
+    assert numbering(found) == "0 to 2 code, 3 to 6 pile"
 
 
 def test_an_llc_on_an_observable_says_what_it_is_taken_against() -> None:
