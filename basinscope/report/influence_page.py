@@ -13,6 +13,7 @@ import xarray as xr
 from basinscope.report.page import require_new, section, write_page
 from basinscope.report.words import Words, printable
 
+QUERIES = 100  # at most on a page
 PASSAGES = 8  # of a query, each of another sequence
 CONTEXT = 40  # tokens on either side of the one that a passage is about
 POSITIVE, NEGATIVE = "230, 159, 0", "0, 114, 178"  # red, green, blue: told apart by all readers
@@ -28,7 +29,7 @@ LEGEND = (
 def influence_page(
     path: str | os.PathLike[str], bif: xr.Dataset, facts: Mapping[str, object], words: Words
 ) -> Path:
-    """Write a page with a section for each query token.
+    """Write a page with a section for each query token, for the first 100 of them.
 
     Parameters
     ----------
@@ -48,8 +49,10 @@ def influence_page(
     """
     require_new(path)
     ids = bif["input_ids"].to_numpy()
-    sections = [f"<p>{escape(LEGEND)}</p>"]
-    for query in range(bif.sizes["query"]):
+    asked, shown = bif.sizes["query"], min(QUERIES, bif.sizes["query"])
+    left_out = f" Here are the first {shown} of {asked:,} queries." if shown < asked else ""
+    sections = [f"<p>{escape(LEGEND + left_out)}</p>"]
+    for query in range(shown):
         one = bif.isel(query=query)
         batch, position = int(one["query_batch"]), int(one["query_target_position"])
         content = [_passage(ids[batch], position, {}, 1.0, words)]

@@ -11,7 +11,7 @@ import pytest
 
 import basinscope
 from basinscope.analysis.llc import compute_llc
-from basinscope.report.influence_page import CONTEXT, PASSAGES, influence_page
+from basinscope.report.influence_page import CONTEXT, PASSAGES, QUERIES, influence_page
 from basinscope.report.lens_page import lens_page
 from basinscope.report.page import section, table, write_page
 from basinscope.report.samples_page import samples_page
@@ -159,6 +159,14 @@ def test_tokens_that_cannot_be_seen_are_shown(tmp_path: Path) -> None:
     lines = influence_page(tmp_path / "b.html", found, {}, lambda _: "\n").read_text()
     assert "underline;" in lines
     assert ">↵\n</span>" in lines
+
+
+def test_a_page_shows_no_more_queries_than_can_be_read(tmp_path: Path) -> None:
+    tree = random_tree(1, observables={"code": 2}, tokens=QUERIES)
+    found = basinscope.compute_bif(tree, top_k=1).compute()
+    page = influence_page(tmp_path / "a.html", found, {}, str).read_text()
+    assert page.count("<section>") == QUERIES
+    assert f"the first {QUERIES} of {2 * QUERIES} queries" in page
 
 
 def test_a_query_without_partners_is_shown_alone(tmp_path: Path) -> None:
