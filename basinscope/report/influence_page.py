@@ -16,7 +16,7 @@ from basinscope.report.words import Words, printable
 QUERIES = 100  # at most on a page
 PASSAGES = 8  # of a query, each of another sequence
 CONTEXT = 40  # tokens on either side of the one that a passage is about
-POSITIVE, NEGATIVE = "230, 159, 0", "0, 114, 178"  # red, green, blue: told apart by all readers
+POSITIVE, NEGATIVE = "230, 159, 0", "86, 180, 233"  # red, green, blue: told apart by all readers
 
 LEGEND = (
     "Below each query are the sequences with its strongest partners, each about the strongest of "
