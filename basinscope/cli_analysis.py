@@ -207,7 +207,11 @@ def bif(
             return
         if top_k is None:
             pairs = tables.influence_pairs(result, 10)
-            print_json(pairs) if as_json else out.print(tables.influence_table(pairs))
+            if as_json:
+                print_json(pairs)
+            else:
+                out.print(tables.influence_table(pairs))
+                out.print(f"Sequences: {tables.numbering(result)}.", highlight=False, markup=False)
             return
         if page is not None:
             facts = {

@@ -147,7 +147,8 @@ def compute_bif(
         "bif": options.settings(),
         "source": opened.identity([f"loss_{key}" for key in problem.keys]),
     }
-    return write_result(xr.DataTree(result), output_path, settings).to_dataset()
+    written = write_result(xr.DataTree(result), output_path, settings).to_dataset()
+    return written.assign_attrs(observables=counts)  # which earlier versions did not store
 
 
 def plan_bif(

@@ -73,9 +73,10 @@ def made_at_once(path: Path) -> Iterator[Path]:
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         yield draft
-        draft.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
+        try:
+            draft.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -68,7 +68,7 @@ def write_result(
     result = result.map_over_datasets(_storable)
     if not path.exists():
         _create(path, result, settings)
-        require_free(path, settings)  # or another process was first
+    require_free(path, settings)  # another process may have been first
     if not _is_completed(path):
         held = ResultLockedError(
             f"{path} is being computed by another process: wait for it, then make the same call "
@@ -128,7 +128,7 @@ def require_free(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> N
     if "settings" not in stored:
         raise ValueError(
             f"{path} exists and is no result of this kind: it is left as it is; choose another "
-            "output_path"
+            "place"
         )
     require_same_settings(path, stored["settings"], settings)
 

@@ -10,6 +10,7 @@ from rich.tree import Tree
 from torch import Tensor, nn
 
 from basinscope.models.restrictions import create_param_masks
+from basinscope.models.structure import used_parameters
 
 _BAR = 20  # characters
 
@@ -43,7 +44,7 @@ def preview_weight_restriction(
             print(f"{name}\t{selected}\t{total}")
         return
     chosen = sum(selected for _, selected, _ in rows)
-    everything = sum(p.numel() for p in model.parameters())
+    everything = sum(p.numel() for p in used_parameters(model).values())
     tree = Tree(
         Text.assemble(
             (type(model).__name__, "bold"),

@@ -29,6 +29,7 @@ from basinscope.models.structure import (
     ModelStructure,
     UnknownStructureError,
     find_structure,
+    used_parameters,
 )
 
 ParamMasks = dict[str, Tensor | None]
@@ -121,7 +122,7 @@ def _masks_of(model: nn.Module, restriction: str, empty_is_fine: bool = False) -
         return {restriction.strip(): None}
     wanted = _plain(restriction)
     if wanted == "full":
-        return {name: None for name, _ in model.named_parameters()}
+        return dict.fromkeys(used_parameters(model))
     match = re.fullmatch(r"(embed|unembed)|l(\d+)(?:(h|g)(\d+)|(attn|mlp))?", wanted)
     if match is None:
         tied = first_name(model, restriction.strip())

@@ -255,7 +255,7 @@ def _parts_of_layer(
             elif _is_norm(module):
                 norms.append(name)
             elif isinstance(module, nn.Conv1d):
-                parent = name.rpartition(".")[0]
+                parent = _unwrapped(_unwrapped(name).rpartition(".")[0])
                 convolutions.append(name if parent in prefixes else parent)
             elif _is_attention(module) and (name != prefix or len(lists) > 1):
                 attention.append(name)
@@ -275,6 +275,11 @@ def _parts_of_layer(
         "attention": tuple(c for n, c in plain.items() if _within(n, own)),
         "mlp": tuple(c for n, c in plain.items() if not _within(n, [*own, *convolutions])),
     }, [modules[id(model.get_submodule(name))] for name in own]
+
+
+def _unwrapped(name: str) -> str:
+    """Name what a ``TransformerBridge`` has put around a module; any other stays as it is."""
+    return re.sub(r"(\._original_component)+$", "", name)
 
 
 def _canonical_names(model: nn.Module) -> dict[int, str]:
@@ -321,23 +326,23 @@ def projections_of(model: nn.Module, attention: list[str]) -> dict[str, nn.Modul
     }
 
 
-def unused_parameters(model: nn.Module) -> set[str]:
-    """Name what a TransformerLens ``TransformerBridge`` keeps and no longer uses.
+def used_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give a model's parameters by name, without what a ``TransformerBridge`` no longer uses.
 
-    These are fused projections, which it has cut into parameters of their own.
+    These are fused projections, which TransformerLens has cut into parameters of their own.
     """
     inside = inside_bridge(model)
     fused = [] if inside is model else _cut_into_parts(inside, "")
-    return {name for name, _ in inside.named_parameters() if _within(name, fused)}
+    return {name: p for name, p in inside.named_parameters() if not _within(name, fused)}
 
 
 def _cut_into_parts(model: nn.Module, prefix: str) -> list[str]:
     found = []
     for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-        parts = dict(module.named_children()).keys()
-        if {"qkv", "q", "k", "v"} <= parts:
+        parts = dict(module.named_children())
+        if {"qkv", "q", "k", "v"} <= parts.keys() and hasattr(parts["qkv"], "_original_component"):
             found.append(f"{name}.qkv")
-        if {"gate", "in"} <= parts and hasattr(module, "fused_attr"):
+        if {"gate", "in"} <= parts.keys() and hasattr(module, "fused_attr"):
             found.append(f"{name}._original_component.{module.fused_attr}")
     return found
 

@@ -34,7 +34,7 @@ from basinscope.models.structure import (
     ModelStructure,
     UnknownStructureError,
     layer_modules,
-    unused_parameters,
+    used_parameters,
 )
 from basinscope.sampling.chain import copied, cuda_devices
 from basinscope.sampling.data import check_dataset, read_rows
@@ -120,7 +120,7 @@ def check_model(
             f"batch_size must be a whole number of at least 2, so that a sequence has company; got "
             f"{batch_size!r}"
         )
-    parameters = _used(model)
+    parameters = used_parameters(model)
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters to sample")
     if any(parameter.is_meta for parameter in parameters.values()):
@@ -146,11 +146,6 @@ def check_model(
     return ModelReport(
         type(model).__name__, sum(p.numel() for p in parameters.values()), tuple(findings)
     )
-
-
-def _used(model: nn.Module) -> dict[str, nn.Parameter]:
-    unused = unused_parameters(model)
-    return {name: p for name, p in model.named_parameters() if name not in unused}
 
 
 def _structure(model: nn.Module) -> Finding:
@@ -200,7 +195,7 @@ def _heads(layer: Layer) -> str:
 
 
 def _restrictions(model: nn.Module, restrictions: Restrictions | Sequence[str] | None) -> Finding:
-    parameters = _used(model)
+    parameters = used_parameters(model)
     which = "The restrictions that are given"
     if restrictions is None:
         which = "Attention and MLP of all layers, embedding and unembedding"
@@ -280,10 +275,10 @@ def _dtypes(parameters: Mapping[str, nn.Parameter]) -> Finding:
 def _tied(model: nn.Module) -> Finding:
     names: dict[int, list[str]] = {}
     own: dict[int, nn.Parameter] = {}
-    used = {id(parameter) for parameter in _used(model).values()}
+    used = {id(parameter) for parameter in used_parameters(model).values()}
     inside = inside_bridge(model)
     for place, module in inside.named_modules(remove_duplicate=inside is not model):  # has aliases
-        for name, parameter in module.named_parameters(place, recurse=False):
+        for name, parameter in module.named_parameters(place, False, remove_duplicate=False):
             if id(parameter) in used:
                 names.setdefault(id(parameter), []).append(name)
                 own[id(parameter)] = parameter
@@ -291,7 +286,7 @@ def _tied(model: nn.Module) -> Finding:
     overlapping = [
         sorted(names[key][0] for key in group)
         for group in _side_by_side(own)
-        if _share_elements([own[key] for key in group])
+        if len(group) > 1 and _share_elements([own[key] for key in group])
     ]
     values = {"tied": tied, "overlapping": overlapping}
     if overlapping:

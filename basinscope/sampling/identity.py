@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.forward import inside_bridge, is_hugging_face
+from basinscope.models.structure import used_parameters
 
 # of a configuration: where it came from, and what changes no logit
 NO_IDENTITY = {"transformers_version", "name_or_path", "torch_dtype", "dtype", "use_cache"}
@@ -34,7 +35,7 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         digest.update(_bytes(tensor))
     return {
         "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in used_parameters(model).values()),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}),
         "sha256": digest.hexdigest(),
         "config_sha256": _config_digest(model),

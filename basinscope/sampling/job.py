@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from basinscope.io.schema import ArraySpec, sampling_arrays
 from basinscope.models.forward import first_name, max_sequence_length, vocabulary_size
 from basinscope.models.head import LinearHead
-from basinscope.models.structure import unused_parameters
+from basinscope.models.structure import used_parameters
 from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
 from basinscope.sampling.identity import describe_loss, describe_masks, describe_model, digest_of
@@ -269,8 +269,7 @@ def check_masks(model: nn.Module, param_masks: ParamMasks | None) -> dict[str, T
             f"values ({', '.join(absent[:3])}): load the model whole, without offloading"
         )
     if param_masks is None:
-        unused = unused_parameters(model)
-        moved = {n: None for n, p in parameters.items() if p.requires_grad and n not in unused}
+        moved = {name: None for name, p in used_parameters(model).items() if p.requires_grad}
         if not moved:
             raise ValueError(
                 f"no parameter of {type(model).__name__} requires a gradient: call "

@@ -93,8 +93,9 @@ def load_words(name: str) -> Callable[[int], str]:
     piece = getattr(tokenizer, "id_to_token", None) or tokenizer.convert_ids_to_tokens
 
     def word(token: int) -> str:
-        text: str = tokenizer.decode([token], skip_special_tokens=False)
-        return text if text and "\ufffd" not in text else piece(token) or str(token)
+        alone, again = (tokenizer.decode([token] * n, skip_special_tokens=False) for n in (1, 2))
+        text: str = again.removeprefix(alone)  # with the space that a first word may lose
+        return text if text and "\ufffd" not in again else piece(token) or str(token)
 
     return word
 

@@ -440,7 +440,9 @@ def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind:
             f"{kind} depends on weights of the model that you passed ({', '.join(of_original[:3])}"
             f"{', ...' if len(of_original) > 3 else ''}): sampling moves a copy of your model, and "
             "a forward or a loss_fn that holds on to the model itself (a closure, a wrapped "
-            "forward) never sees the copy move. Take weights from the model that is passed in"
+            "forward) never sees the copy move. Take weights from the model that is passed in; "
+            "detach those that are meant to stay at the checkpoint, or use torch.no_grad(); in "
+            "place of a TransformerLens bridge, give the Hugging Face model"
         )
     found = found[: len(moved)]
     gradients = dict(zip(moved, found, strict=True))

@@ -16,6 +16,7 @@ import dask
 import numpy as np
 import pytest
 import xarray as xr
+import zarr
 
 import basinscope
 from basinscope.analysis import bif as bif_module
@@ -84,6 +85,16 @@ def test_a_result_says_whose_its_sequences_are(kind: str) -> None:
         first += count
     assert [*got.attrs["observables"]] == ["b", "a"]
     assert first == got.sizes["batch"]
+
+
+def test_a_result_of_an_earlier_version_says_it_too(whole: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"correlation_method": "sequence", "output_path": tmp_path / "r.zarr"}
+    counts = basinscope.compute_bif(whole, **asked).attrs["observables"]
+    group = zarr.open_group(tmp_path / "r.zarr")
+    attributes = group.attrs.asdict()
+    del attributes["observables"]
+    group.attrs.put(attributes)
+    assert basinscope.compute_bif(whole, **asked).attrs["observables"] == counts
 
 
 @pytest.mark.parametrize("kind", KINDS)

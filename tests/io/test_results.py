@@ -16,6 +16,7 @@ import pytest
 import xarray as xr
 import zarr
 
+from basinscope.io import results
 from basinscope.io.locks import lock_directory
 from basinscope.io.results import ResultLockedError, begun_chunks, digest, write_result
 from basinscope.io.store import StoreMismatchError
@@ -162,6 +163,22 @@ def test_a_process_that_loses_a_race_takes_the_winners_result_if_it_is_the_same(
             write_result(lazy_result(calls), path, settings)
     assert calls == []
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_a_result_that_appears_before_the_first_look_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storable, calls = tmp_path / "r.zarr", results._storable, list[Any]()
+
+    def slow(dataset: xr.Dataset) -> xr.Dataset:
+        monkeypatch.undo()
+        write_result(lazy_result(), path, SETTINGS)  # as another process meanwhile
+        return storable(dataset)
+
+    monkeypatch.setattr(results, "_storable", slow)
+    with pytest.raises(StoreMismatchError, match="kind: the store has 'test', this call has"):
+        write_result(lazy_result(calls), path, {"kind": "other"})
+    assert calls == []
 
 
 def test_a_result_that_another_process_computes_is_left_to_it(tmp_path: Path) -> None:

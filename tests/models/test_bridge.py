@@ -76,15 +76,19 @@ def test_a_restriction_moves_what_it_moves_without_the_bridge(
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("masks", [None, "full"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_sampled_whole_and_stays_as_it_is(kind: str, ids: Tensor, tmp_path: Path) -> None:
+def test_it_is_sampled_whole_and_stays_as_it_is(
+    kind: str, masks: str | None, ids: Tensor, tmp_path: Path
+) -> None:
     model = bridge(kind)
+    param_masks = None if masks is None else basinscope.create_param_masks(model, masks)
     inside = inside_bridge(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits = model(ids)  # of which it keeps attention patterns, with their graph
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        moved = losses(model, tmp_path / "s.zarr")
+        moved = losses(model, tmp_path / "s.zarr", param_masks=param_masks)
     assert np.abs(moved[:, -1] - moved[:, 0]).max() > 1e-3
     assert inside_bridge(model) is inside
     assert inside is not model
@@ -93,6 +97,27 @@ def test_it_is_sampled_whole_and_stays_as_it_is(kind: str, ids: Tensor, tmp_path
         assert parameter.requires_grad
         assert parameter.grad is None
     torch.testing.assert_close(model(ids), logits)
+
+
+class FusedAttention(nn.Module):
+    """An attention of no bridge that also has modules named q, k and v, behind its projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
+
+
+class FusedAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"attn": FusedAttention()}) for _ in range(2)])
+
+
+def test_a_fused_projection_of_a_model_that_is_no_bridge_is_kept() -> None:
+    masks = basinscope.create_param_masks(FusedAttentions(), "l1 attn")
+    names = ("qkv.weight", "qkv.bias", "out.weight", "out.bias")
+    assert [*masks] == [f"layers.1.attn.{name}" for name in names]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -221,6 +221,12 @@ def test_tied_weights() -> None:
     assert finding.values["tied"] == [["transformer.wte.weight", "lm_head.weight"]]
 
 
+def test_a_parameter_that_goes_by_two_names_in_one_module() -> None:
+    model = RawModel()
+    model.embed.again = model.embed.weight  # type: ignore[assignment]
+    assert found(model, "tied").values["tied"] == [["embed.weight", "embed.again"]]
+
+
 def test_parameters_that_overlap_without_being_one() -> None:
     model = RawModel()
     model.head.weight = nn.Parameter(model.embed.weight.detach())

@@ -81,6 +81,32 @@ def test_a_part_that_stays_the_original_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("how", ["kept", "no_grad", "detached"])
+def test_a_checkpoint_that_stays_one_may_be_part_of_a_loss(how: str, tmp_path: Path) -> None:
+    model = RawModel()
+    names = dict(model.named_parameters())
+
+    def loss_fn(moving: nn.Module, ids: Tensor) -> Tensor:
+        with torch.set_grad_enabled(how != "no_grad"):
+            checkpoint = [p.detach() if how == "detached" else p * 1 for p in names.values()]
+        pairs = zip(moving.parameters(), checkpoint, strict=True)
+        away = torch.stack([(p - start).square().sum() for p, start in pairs]).sum()
+        return next_token_loss(moving, ids) + away
+
+    if how == "kept":
+        with pytest.raises(ValueError, match=r"detach those that are meant to stay.*no_grad"):
+            run(tmp_path, model, loss_fn=loss_fn)
+        return
+    assert (run(tmp_path, model, loss_fn=loss_fn).metrics_distance[:, 1:] > 0).all()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loss_of_another_model_is_refused(tmp_path: Path) -> None:
+    other = RawModel()
+    with pytest.raises(ValueError, match="does not depend on the weights of the model it is given"):
+        run(tmp_path, RawModel(), loss_fn=lambda _, ids: next_token_loss(other, ids))
+
+
 def test_parameters_without_a_gradient_are_named(tmp_path: Path) -> None:
     model = RawModel()
     model.spare = nn.Linear(2, 2)
