@@ -96,7 +96,8 @@ def test_tokens_as_text(folder: Path, tokenizer: str) -> None:
     shown = invoke(store, "--text", "--tokenizer", folder / tokenizer, "--top", 3, "--json")
     figures = json.loads(shown.stdout)
     texts = dict(zip(np.ravel(figures["tokens"]), np.ravel(figures["words"]), strict=True))
-    assert all(text == (f"word{token}" if token else "\n [b]") for token, text in texts.items())
+    words = {token: f" word{token}" if token else " \n [b]" for token in texts}  # in a sentence
+    assert texts == words
     table = invoke(store, "--text", "--tokenizer", folder / tokenizer, "--top", 40)
     assert "word17" in table.output
     assert "\\n·[b]" in table.output  # not taken for a style of the terminal
