@@ -316,13 +316,14 @@ def _within(name: str, prefixes: list[str]) -> bool:
 
 def projections_of(model: nn.Module, attention: list[str]) -> dict[str, nn.Module]:
     """Give the linear maps of a layer's self-attention by full name."""
+    unused = [name for prefix in attention for name in _cut_into_parts(model, prefix)]
     return {
         name: module
         for prefix in attention
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix)
         if _is_projection(module)
         and not _CROSS.search(name[len(prefix) :])
-        and not _within(name, _cut_into_parts(model, prefix))
+        and not _within(name, unused)
     }
 
 

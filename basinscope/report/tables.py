@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -266,18 +267,23 @@ def partner_figures(bif: xr.Dataset, words: Words | None = None) -> dict[str, An
 
 def numbering(bif: xr.Dataset) -> str:
     """Say which sequences are whose, as in "0 to 15 code, 16 to 31 prose"."""
-    ends = np.cumsum([*bif.attrs["observables"].values()]).tolist()
-    spans = [
-        f"{first} to {end - 1} {name}"
-        for first, end, name in zip([0, *ends], ends, bif.attrs["observables"], strict=False)
-    ]
-    return ", ".join(spans)
+    owned = _sequences_of(bif).items()
+    return ", ".join(f"{own.start} to {own.stop - 1} {name}" for name, own in owned)
 
 
 def _observable_of(bif: xr.Dataset, sequence: int) -> str:
     """Name the observable that a sequence, numbered over all of them, is of."""
-    ends = np.cumsum([*bif.attrs["observables"].values()])
-    return str([*bif.attrs["observables"]][np.searchsorted(ends, sequence, side="right")])
+    return next(name for name, own in _sequences_of(bif).items() if int(sequence) in own)
+
+
+def _sequences_of(bif: xr.Dataset) -> dict[str, range]:
+    """Number the sequences of each observable."""
+    counts = bif.attrs["observables"]
+    ends = accumulate(counts.values())
+    return {
+        name: range(end - count, end)
+        for (name, count), end in zip(counts.items(), ends, strict=True)
+    }
 
 
 def partner_table(
