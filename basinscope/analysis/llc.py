@@ -17,9 +17,9 @@ from basinscope.analysis.graphs import arrays_in
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
-    lazy_totals,
     mean_losses,
     shapes_of,
+    with_totals,
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
@@ -106,7 +106,7 @@ def compute_llc(
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
     shapes = shapes_of(parts)
     lengths = [shape[1] for shape in shapes]
-    computed = delayed(_estimate)(lazy_totals(parts), shapes, opened.init_loss(), opened.n_beta)
+    computed = with_totals(_estimate, parts, shapes, opened.init_loss(), opened.n_beta)
     batches = _shared_batches(opened, row, skipped, max(lengths))
     judged = delayed(_judge)(computed["traces"], opened.n_beta, batches)
     chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
@@ -278,8 +278,8 @@ def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
     if at_init is not None:
         chained = dims.CHAIN in at_init.dims
         at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
-    totals = lazy_totals(parts, of_tokens=False)
-    value = delayed(_observable_llc)(totals, shapes_of(parts), at_init, samples.n_beta, skipped)
+    others = shapes_of(parts), at_init, samples.n_beta, skipped
+    value = with_totals(_observable_llc, parts, *others)
     return da.from_delayed(value, (), "float64")
 
 

@@ -1,66 +1,63 @@
 """Means of losses that are read once, a chunk at a time, and added up in float64.
 
-Only where a row has MANY losses in a chunk are TOGETHER of them added up in float32 first: that
-keeps up with the decoder, which float64 from the start does not, and what it rounds off evens out
-over so many. Sums over rows, of which susceptibilities take differences that are far smaller, see
-float64 alone.
+Only where a row has MANY losses in a chunk are the losses of TOGETHER sequences added up in float32
+first: that keeps up with the decoder, which float64 from the start does not, and what it rounds off
+evens out over so many. Weighted means over rows, of which susceptibilities take differences that
+are far smaller, see float64 alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 from dask.delayed import delayed
 
-from basinscope.analysis.stores import FILE_BYTES, Part, chunks_of, streamed
-from basinscope.io.stored import StoredArray
+from basinscope.analysis.stores import Part, at_hand, chunks_of, streamed
 
 MANY = 2**12  # losses of a row, from which on sums begin in float32
-TOGETHER = 64  # most losses that are added up in float32
+TOGETHER = 64  # most sequences whose losses are added up in float32
 PRODUCT = 2**13  # entries of a matrix so small that BLAS does not wake its threads for it
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
 
 
-def lazy_totals(parts: list[Part], of_tokens: bool = True) -> Any:
-    """Have every chain's losses added up, a task for each file; reads nothing.
+def with_totals(make: Callable[..., Any], parts: list[Part], *others: Any) -> Any:
+    """Have every chain's losses added up, a task for each file, and something made of the sums.
 
-    Losses in memory that are no larger than a file are one task.
+    Losses :func:`at_hand` are added up in the task that uses the sums. Reads nothing.
 
     Parameters
     ----------
+    make : callable
+        Takes the totals of all chains, as :func:`mean_losses` does, and ``others``.
     parts : list of Part
         One for each chain, (1, rows, batch, token_pos); chains may have different numbers of rows.
-    of_tokens : bool
-        Whether totals over (rows, batch) are wanted; they stay zero otherwise.
 
     Returns
     -------
-    Delayed, or list of list of (int, Delayed)
-        What :func:`mean_losses` takes once it is computed.
+    Delayed
+        Of what ``make`` returns.
     """
-    in_memory = all(isinstance(part, np.ndarray) for part in parts)
-    if in_memory and sum(part.nbytes for part in parts) <= FILE_BYTES:
-        return delayed(_totals_of_chains)(parts, of_tokens)
+    if at_hand(parts):
+        return delayed(_made_at_once)(make, parts, *others)
     add_up = delayed(loss_totals)
-    return [
-        [(first, add_up(piece, of_tokens)) for first, piece in streamed(part)] for part in parts
-    ]
+    totals = [[(first, add_up(piece)) for first, piece in streamed(part)] for part in parts]
+    return delayed(make)(totals, *others)
 
 
-def _totals_of_chains(parts: list[np.ndarray], of_tokens: bool) -> list[Totals]:
-    return [[(0, loss_totals(part, of_tokens))] for part in parts]
+def _made_at_once(make: Callable[..., Any], parts: list[np.ndarray], *others: Any) -> Any:
+    return make([[(0, loss_totals(part))] for part in parts], *others)
 
 
-def loss_totals(
-    part: StoredArray | np.ndarray, of_tokens: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def loss_totals(part: Part) -> tuple[np.ndarray, np.ndarray]:
     """Add up losses over (batch, token), and over (rows, batch), in one pass.
 
     Parameters
     ----------
-    part : StoredArray or np.ndarray (1, rows, batch, token_pos)
+    part : StoredArray, Selected or np.ndarray (1, rows, batch, token_pos)
 
     Returns
     -------
@@ -69,12 +66,17 @@ def loss_totals(
     """
     _, rows, _, tokens = part.shape
     row_sums, token_sums = np.zeros(rows), np.zeros(tokens)
-    for (_, row, _, token), values in chunks_of(part):
-        row_sums[row] += _sums_of_rows(values[0])
-        if of_tokens:
-            over_rows = _sums_of_tokens(values[0], np.ones(len(values[0])))
-            token_sums[token] += over_rows.sum(axis=0, dtype=np.float64)
+    for row, chunks in groupby(chunks_of(part), key=_rows_of):
+        over_batch = np.zeros((row.stop - row.start, tokens))
+        for (_, _, _, token), values in chunks:
+            over_batch[:, token] += _sums_over_batch(values[0])
+        row_sums[row] += over_batch.sum(axis=1)
+        token_sums += over_batch.sum(axis=0)
     return row_sums, token_sums
+
+
+def _rows_of(chunk: tuple[tuple[slice, ...], np.ndarray]) -> slice:
+    return chunk[0][1]
 
 
 def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> np.ndarray:
@@ -100,20 +102,31 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> 
     return total / sum(part.shape[1] for part in parts)
 
 
-def _sums_of_rows(values: np.ndarray) -> np.ndarray:
-    """Add up (rows, batch, token_pos) over (batch, token_pos)."""
-    by_row = values.reshape(len(values), -1)
-    by_row = by_row.astype(np.result_type(values, np.float32), copy=False)
-    width = min(PRODUCT, by_row.shape[1]) // TOGETHER
-    if width * TOGETHER < MANY:
-        return by_row.sum(axis=1, dtype=np.float64)
-    begun, rest = _whole(by_row, width * TOGETHER)
-    if _rows_last(values):
-        sums = begun.reshape(len(values), -1, TOGETHER, width).sum(axis=2)
-    else:  # what stands side by side, a product with ones adds up faster
-        ones = np.ones(TOGETHER, by_row.dtype)
-        sums = begun.reshape(len(values), -1, width, TOGETHER) @ ones
-    return sums.sum(axis=(1, 2), dtype=np.float64) + rest.sum(axis=1, dtype=np.float64)
+def _sums_over_batch(values: np.ndarray) -> np.ndarray:
+    """Add up (rows, batch, token_pos) over the batch: (rows, token_pos)."""
+    if values[0].size < MANY:
+        return values.sum(axis=1, dtype=np.float64)
+    values = values.astype(np.result_type(values, np.float32), copy=False)
+    if not _rows_last(values):
+        return _added(values)
+    by_sequence = values.transpose(1, 2, 0)
+    sums = _added(by_sequence.reshape(1, len(by_sequence), -1))
+    return sums.reshape(by_sequence.shape[1:]).T
+
+
+def _added(blocks: np.ndarray) -> np.ndarray:
+    """Add up (block, batch, column) over the batch, TOGETHER at a time in their own dtype."""
+    sums = np.zeros((len(blocks), blocks.shape[2]))
+    for first in range(0, blocks.shape[1], TOGETHER):
+        together = blocks[:, first : first + TOGETHER]
+        ones = np.ones(together.shape[1], blocks.dtype)  # a product adds up faster than a sum
+        begun, rest = _whole(together, PRODUCT // TOGETHER)
+        whole = begun.shape[2]
+        by_width = begun.reshape(*begun.shape[:2], -1, PRODUCT // TOGETHER).swapaxes(1, 2)
+        sums[:, :whole] += (ones @ by_width).reshape(len(blocks), whole)
+        if rest.size:
+            sums[:, whole:] += ones @ rest
+    return sums
 
 
 def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -127,10 +140,10 @@ def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return sums.reshape(values.shape[1:])
 
 
-def _whole(by_row: np.ndarray, extent: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split (rows, tokens) behind the last token that fills an extent."""
-    whole = by_row.shape[1] - by_row.shape[1] % extent
-    return by_row[:, :whole], by_row[:, whole:]
+def _whole(columns: np.ndarray, extent: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split (..., columns) behind the last column that fills an extent."""
+    whole = columns.shape[-1] - columns.shape[-1] % extent
+    return columns[..., :whole], columns[..., whole:]
 
 
 def _rows_last(values: np.ndarray) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 
 from basinscope.analysis.memory import parse_memory_limit
-from basinscope.analysis.stores import Part
+from basinscope.analysis.stores import Part, at_hand
 from basinscope.io.copy import chunk_sequences
 from basinscope.io.stored import StoredArray
 
@@ -115,11 +115,14 @@ class Layout:
         What is decoded at once.
     itemsize : int
         Bytes of one loss.
+    at_hand : bool
+        Whether they are in memory, and few.
     """
 
     shape: tuple[int, int, int, int]
     chunk: tuple[int, int, int, int]
     itemsize: int
+    at_hand: bool = False
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Layout:
@@ -133,7 +136,7 @@ class Layout:
             chunk = tuple(max(sizes) for sizes in first.array.chunks)
         rows = sum(part.shape[1] for part in parts)
         shape = (1, rows, *first.shape[2:])
-        return cls(shape, (1, *chunk[1:]), first.dtype.itemsize)  # type: ignore[arg-type]
+        return cls(shape, (1, *chunk[1:]), first.dtype.itemsize, at_hand(parts))  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
@@ -207,8 +210,10 @@ def sequence_blocks(layout: Layout) -> list[slice]:
     """Cut sequences so that a task streams whole chunks over all draws, the same for each worker.
 
     Where chunks hold so many sequences that blocks would decode them again and again, one task
-    takes all.
+    takes all; so it does where losses are at hand, whose rows stand side by side undivided.
     """
+    if layout.at_hand:
+        return [slice(0, layout.shape[2])]
     count, extent = layout.shape[2], layout.chunk[2]
     rounds = max(1, math.ceil(layout.nbytes / (workers() * SEQUENCES_BYTES)))
     block = math.ceil(math.ceil(count / extent) / (workers() * rounds)) * extent

@@ -34,7 +34,7 @@ from basinscope.io.stored import StoredArray
 Part = StoredArray | Selected | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
 TASK_BYTES = 2**28  # of losses on disk that one task goes through
-SLAB_BYTES = 2**20  # about what fits beside its float64 copy in a core's cache
+SLAB_BYTES = 2**21  # of losses in memory that are gone through at once, in a core's cache
 
 
 @dataclass(frozen=True)
@@ -376,6 +376,12 @@ def files_of(part: Part, together: int = 1) -> list[tuple[int, Part]]:
         extent = max(1, FILE_BYTES // max(1, part[:, :1].nbytes))
         return [(a, part[:, a : a + extent]) for a in range(0, part.shape[1], extent)]
     return [(a, cut(part, slice(a, b))) for a, b in part.bounds(1)]
+
+
+def at_hand(parts: Sequence[Part]) -> bool:
+    """Whether losses are in memory, and so few that one task may take them all."""
+    in_memory = all(isinstance(part, np.ndarray) for part in parts)
+    return in_memory and sum(part.nbytes for part in parts) <= FILE_BYTES
 
 
 def cut(part: Part, rows: slice, sequences: slice = slice(None)) -> Part:

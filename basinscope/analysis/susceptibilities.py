@@ -15,10 +15,10 @@ from basinscope.analysis.graphs import array_of
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
-    lazy_totals,
     mean_losses,
     shapes_of,
     weighted_mean,
+    with_totals,
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
@@ -113,10 +113,10 @@ def compute_susceptibilities(
         for rows in sequence_blocks(layout):
             full_mean = delayed(weighted_mean)(_cut_rows(losses[FULL][obs_id], rows))
             for column, name in enumerate(restrictions):
+                response = delayed(_response)(_cut_rows(losses[name][obs_id], rows), of_task[name])
                 blocks[len(sizes), column] = delayed(_susceptibility)(
-                    _cut_rows(losses[name][obs_id], rows),
-                    of_task[name], of_task[FULL], full_mean, ids[obs_id],
-                )  # fmt: skip
+                    response, full_mean, of_task[FULL], ids[obs_id]
+                )
             sizes.append((rows.stop - rows.start) * layout.shape[3])
     sus = array_of(blocks, (sizes, [1] * len(restrictions)), np.float64)
     result = _flattened(full, restrictions, ids, sus)
@@ -254,9 +254,7 @@ class Task(NamedTuple):
 
 
 def _lazy_task(parts: list[Part], full: Samples) -> Delayed:
-    return delayed(_of_task)(
-        lazy_totals(parts, of_tokens=False), shapes_of(parts), full.init_loss()
-    )
+    return with_totals(_of_task, parts, shapes_of(parts), full.init_loss())
 
 
 def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any]) -> Task:
@@ -270,12 +268,19 @@ def _cut_rows(parts: list[Part], rows: slice) -> list[Part]:
     return [cut(part, slice(None), rows) for part in parts]
 
 
+def _response(parts: list[Any], task: Task) -> tuple[np.ndarray, float]:
+    """Give E[φ P] - E[φ ℓ] of the tokens, (batch, token_pos), and E[φ], of one run."""
+    return task.mean_phi_loss - weighted_mean(parts, task.phi), task.mean_phi
+
+
 def _susceptibility(
-    parts: list[Any], task: Task, full_task: Task, full_mean: np.ndarray, checked_ids: np.ndarray
+    response: tuple[np.ndarray, float],
+    full_mean: np.ndarray,
+    full_task: Task,
+    checked_ids: np.ndarray,
 ) -> np.ndarray:
-    covaried = weighted_mean(parts, task.phi)
-    expected = task.mean_phi * (full_task.mean_loss - full_mean)
-    return (task.mean_phi_loss - covaried - expected).reshape(-1, 1)
+    moved_together, mean_phi = response
+    return (moved_together - mean_phi * (full_task.mean_loss - full_mean)).reshape(-1, 1)
 
 
 def _flattened(
