@@ -23,6 +23,7 @@ def check(
 ) -> None:
     """Look at a run's file, model and data before sampling; samples and writes nothing.
 
+    The last line says what the run takes, and what of it is left, or why it would be refused.
     Exit code 0 without warnings (notes are fine), 1 with some, 2 if the file is wrong. So
     "basinscope check RUN.yaml && basinscope sample RUN.yaml" samples only what is sound.
     """

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 import typer
+import xarray as xr
 import yaml
 from datasets import Dataset
 from typer.testing import CliRunner, Result
 
 from basinscope.cli_check import FOUND_WARNINGS, check
+from basinscope.sampling.run_file import run_from_file
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
-SAMPLER = {"lr": 1e-3, "n_beta": 10}
+SAMPLER = {"lr": 1e-3, "n_beta": 10, "batch_size": 4, "batches_per_draw": 1}
 app = typer.Typer()
 app.command()(check)
 
@@ -94,6 +96,61 @@ def test_what_sampling_would_refuse_is_found_before_the_model_is_loaded(
     done = invoke(write(folder, dataset="known", **changes))
     assert done.exit_code == 2
     assert said in " ".join(done.output.split())
+
+
+def test_a_run_that_would_be_refused_is_a_warning(folder: Path) -> None:
+    token_rows(20, 8, seed=1).save_to_disk(folder / "shorter")
+    done = invoke(write(folder, dataset="known", observables={"code": "shorter"}), "--json")
+    assert done.exit_code == FOUND_WARNINGS, done.output
+    found = {f["topic"]: f for f in json.loads(done.stdout)["findings"]}
+    assert [topic for topic, f in found.items() if f["level"] == "warning"] == ["run"]
+    assert "observable 'code' has sequences of 8 tokens" in found["run"]["text"]
+
+
+def test_what_a_run_takes_and_what_is_left_of_it(folder: Path) -> None:
+    sampler = {**SAMPLER, "num_chains": 2, "num_draws": 3, "num_burnin_steps": 5}
+    observables = {"code": "known", "prose": {"path": "random", "batches_per_draw": 2}}
+    plan = write(folder, dataset="known", observables=observables, sampler=sampler, output="s.zarr")
+
+    def looked_at() -> dict[str, Any]:
+        done = invoke(plan, "--json")
+        assert done.exit_code == 0, done.output
+        return dict(json.loads(done.stdout)["findings"][-1])
+
+    found = looked_at()
+    free = found["values"].pop("free_bytes")
+    assert found["values"] == {
+        "chains_left": [0, 1],
+        "steps": 8,
+        "sequences_per_step": 4,
+        "sequences_per_draw": 12,
+        "losses_bytes": 4 * losses_in(3, 8),
+        "refused": "",
+    }
+    assert free > 0
+    assert not (folder / "s.zarr").exists()
+
+    run_from_file(plan, {"chains": [1]})
+    assert looked_at()["values"]["chains_left"] == [0]
+    run_from_file(plan, {})
+    assert looked_at()["values"]["chains_left"] == []
+    with xr.open_zarr(folder / "s.zarr", consolidated=False) as store:
+        named = [array for name, array in store.data_vars.items() if "loss" in str(name)]
+        assert sum(array.size for array in named) == losses_in(3, 8)
+
+
+def losses_in(draws: int, steps: int) -> int:
+    """Of 2 chains, 4 sequences a step and 12 a draw, 8 losses in each; and at the checkpoint."""
+    return 2 * 8 * (4 * draws + 4 * steps + 12 * draws + 1) + 8 * 12
+
+
+def test_a_disk_that_cannot_hold_the_losses_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("basinscope.sampling.rehearsal._free_bytes", lambda _: 1000)
+    done = invoke(write(folder, dataset="known", output="s.zarr"), "--json")
+    assert done.exit_code == FOUND_WARNINGS
+    assert json.loads(done.stdout)["findings"][-1]["values"]["free_bytes"] == 1000
 
 
 def test_the_device_is_the_runs_own(folder: Path) -> None:

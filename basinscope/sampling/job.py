@@ -184,6 +184,7 @@ def prepare_job(
     param_masks: ParamMasks | None,
     loss_fn: LossFn | None,
     device: str | torch.device | None,
+    cuda_graph: bool = False,
 ) -> SamplingJob:
     """Check a call's inputs against each other and read the rows that it will use.
 
@@ -200,6 +201,8 @@ def prepare_job(
             f"got {type(loss_fn).__name__}"
         )
     chosen = choose_device(device)
+    if cuda_graph and chosen.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {chosen}")
     masks = check_masks(model, param_masks)
 
     rows, length = check_dataset(dataset, "dataset")
@@ -238,6 +241,7 @@ def prepare_job(
         pool=torch.from_numpy(ids.astype(np.int32)),
         pool_rows=used,
         observables=read,
+        cuda_graph=cuda_graph,
     )
 
 

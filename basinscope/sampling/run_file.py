@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +71,18 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
     tree = _sample()(
         model,
         dataset.load(name),
-        {
-            obs: source.load(name) if batches is None else (source.load(name), batches)
-            for obs, (source, batches) in observables.items()
-        },
+        _loaded(observables, name),
         **arguments,
     )
     return tree, Path(arguments["output_path"])
 
 
 def check_from_file(path: Path, *, batch_size: int, device: str | None) -> ModelReport:
-    """Check the model and the sampling data of a YAML file, see :func:`basinscope.check_model`.
+    """Check what a YAML file describes: see :func:`basinscope.check_model`, and the run itself.
 
     The sampler's settings, and where data sets are, are checked before the model is loaded. The
-    file's restriction is the one that is asked about, if it has one.
+    file's restriction is the one that is asked about, if it has one. The report ends with the
+    finding "run", of :func:`basinscope.sampling.rehearsal.rehearse`.
 
     Raises
     ------
@@ -92,19 +90,33 @@ def check_from_file(path: Path, *, batch_size: int, device: str | None) -> Model
         As :func:`run_from_file`.
     """
     from basinscope.sampling.check import check_model
+    from basinscope.sampling.rehearsal import rehearse
 
     plan = _read(path)
     arguments = _arguments(path, plan, {})
     restriction = arguments["restriction"]
-    source, _ = _sources(path, plan)
+    dataset, observables = _sources(path, plan)
     name, model = _load_model(path, plan)
-    return check_model(
+    data, observed = dataset.load(name), _loaded(observables, name)
+    device = device or arguments.get("device")
+    report = check_model(
         model,
-        source.load(name),
+        data,
         restrictions=None if restriction is None else {"of the file": restriction},
         batch_size=batch_size,
-        device=device or arguments.get("device"),
+        device=device,
     )
+    run = rehearse(
+        model,
+        data,
+        observed,
+        _config(arguments),
+        param_masks=None if restriction is None else create_param_masks(model, restriction),
+        device=device,
+        cuda_graph=arguments.get("cuda_graph", False),
+        output_path=arguments.get("output_path"),
+    )
+    return replace(report, findings=(*report.findings, run))
 
 
 def parse_chains(text: str) -> list[int]:
@@ -168,12 +180,21 @@ def _arguments(path: Path, plan: Mapping[str, Any], overrides: Mapping[str, Any]
         if required not in arguments:
             raise ValueError(f"{path}: sampler needs {required}")
 
-    settings = {name: parameter.default for name, parameter in parameters.items()} | arguments
+    settings = _completed(arguments)
+    check_execution(_config(arguments), own_loss=False, **_taken_by(check_execution, settings))
+    return arguments
+
+
+def _completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(_sample()).parameters
+    return {**{name: parameter.default for name, parameter in parameters.items()}, **arguments}
+
+
+def _config(arguments: Mapping[str, Any]) -> SamplerConfig:
+    settings = _completed(arguments)
     rmsprop = merge_rmsprop_aliases(**_taken_by(merge_rmsprop_aliases, settings))
     settings["sampling_method_kwargs"] = rmsprop
-    config = SamplerConfig(**_taken_by(SamplerConfig, settings))
-    check_execution(config, own_loss=False, **_taken_by(check_execution, settings))
-    return arguments
+    return SamplerConfig(**_taken_by(SamplerConfig, settings))
 
 
 def _taken_by(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,6 +230,14 @@ def _sources(
     dataset, _ = _source(path, "dataset", plan["dataset"])
     given = _mapping(path, "observables", plan.get("observables", {}), "name to path")
     return dataset, {obs: _source(path, f"observables.{obs}", of) for obs, of in given.items()}
+
+
+def _loaded(sources: Mapping[str, tuple[_Source, int | None]], tokenizer: str) -> dict[str, Any]:
+    """Load observables as ``sample`` takes them."""
+    return {
+        name: source.load(tokenizer) if batches is None else (source.load(tokenizer), batches)
+        for name, (source, batches) in sources.items()
+    }
 
 
 def _source(config: Path, where: str, given: Any) -> tuple[_Source, int | None]:

@@ -263,7 +263,7 @@ def sample(
         profile_steps=profile_steps,
         progress=progress,
     )
-    path = None if output_path is None else _checked_place(output_path)
+    path = None if output_path is None else checked_place(output_path)
     job = prepare_job(
         model,
         dataset,
@@ -272,12 +272,11 @@ def sample(
         param_masks=param_masks,
         loss_fn=loss_fn,
         device=device,
+        cuda_graph=cuda_graph,
     )
-    if cuda_graph and job.device.type != "cuda":
-        raise ValueError(f"cuda_graph=True needs a CUDA device; sampling would run on {job.device}")
-    job = replace(job, cuda_graph=cuda_graph, prefix_cache_bytes=execution.prefix_cache_bytes)
+    job = replace(job, prefix_cache_bytes=execution.prefix_cache_bytes)
     settings = job.settings()
-    if path is not None and is_store(path) and _is_complete(path, settings):
+    if path is not None and is_store(path) and is_complete(path, settings):
         logger.info("%s is complete and has these settings: nothing to sample", path)
         return open_store(path)
 
@@ -293,7 +292,7 @@ def sample(
     return read_store(store.path)
 
 
-def _checked_place(output_path: str | os.PathLike[str]) -> Path:
+def checked_place(output_path: str | os.PathLike[str]) -> Path:
     """Give the path of the store; refuse one that holds something else, or cannot hold a store."""
     path = local_path(output_path)
     if _is_taken(path):
@@ -312,7 +311,7 @@ def _is_taken(path: Path) -> bool:
     return not path.is_dir() or any(path.iterdir())
 
 
-def _is_complete(path: Path, settings: dict[str, Any]) -> bool:
+def is_complete(path: Path, settings: dict[str, Any]) -> bool:
     """Refuse a store of other settings; say whether nothing is left to sample."""
     attributes = SampleStore(path).attributes
     require_same_settings(path, attributes.get("metadata", {}).get("config", {}), settings)
