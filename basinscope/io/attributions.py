@@ -35,7 +35,7 @@ from basinscope.io.attributions_layout import (
     write_sums,
 )
 from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
-from basinscope.io.location import local_path, require_place
+from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION
 from basinscope.io.store import now, provenance, require_same_settings
@@ -472,9 +472,7 @@ def _initial_attributes(
 
 def _create(path: Path, attributes: Mapping[str, Any], unembedding: np.ndarray | None) -> None:
     """Write a store without sums, then move it into place in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-    try:
+    with made_at_once(path, or_else=_holds_attributions) as draft:
         write_group(draft, attributes)
         if unembedding is not None:
             write_group(draft / "unembedding")
@@ -484,12 +482,10 @@ def _create(path: Path, attributes: Mapping[str, Any], unembedding: np.ndarray |
                 ("vocab", "d_model"),
                 unembedding_chunk(unembedding.shape),
             )
-        draft.rename(path)
-    except OSError:
-        if not is_attribution_store(read_attributes(path)):  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _holds_attributions(path: Path) -> bool:
+    return is_attribution_store(read_attributes(path))
 
 
 def _require_same_unembedding(stored: StoredAttributions, given: np.ndarray | None) -> None:

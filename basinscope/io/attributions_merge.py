@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ from basinscope.io.chunked import (
     write_chunk,
     write_group,
 )
-from basinscope.io.location import local_path, require_place
+from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.store import now, provenance
 from basinscope.io.stored import StoredArray
 
@@ -94,15 +92,10 @@ def merge_attributions(
     stores = [StoredAttributions(path) for path in paths]
     stores.sort(key=lambda store: store.metadata["parts"])
     attributes = _attributes_of_all(stores, allow_missing)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.parent / f".{output.name}.{uuid.uuid4().hex}.partial"
-    try:
+    with made_at_once(output, or_else=lambda _: False) as draft:
         write_group(draft, attributes)
         _copy_unembedding(stores, draft)
         _add_sums(stores, draft)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return StoredAttributions(output)
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,10 +64,15 @@ def require_place(path: Path) -> None:
 
 
 @contextmanager
-def made_at_once(path: Path) -> Iterator[Path]:
+def made_at_once(path: Path, or_else: Callable[[Path], bool] = Path.exists) -> Iterator[Path]:
     """Give a draft beside a path to fill, then move it into place in one step.
 
     A process that loses a race leaves what the winner put there as it is.
+
+    Parameters
+    ----------
+    or_else : callable
+        Whether what the winner put there will do; if not, losing is an error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
@@ -76,7 +81,7 @@ def made_at_once(path: Path) -> Iterator[Path]:
         try:
             draft.rename(path)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not or_else(path):
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

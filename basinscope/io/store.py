@@ -7,10 +7,8 @@ different chains of one store never write the same file.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,7 +26,7 @@ from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.chunked import replace_attributes
 from basinscope.io.durable import settle, settle_tree
-from basinscope.io.location import local_path
+from basinscope.io.location import local_path, made_at_once
 from basinscope.io.locks import locked
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
@@ -292,22 +290,14 @@ class SampleStore:
         Nothing half-made is ever visible at ``path``. A process that loses a race opens the
         winner's store.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
-        try:
+        with made_at_once(path, or_else=is_store) as draft:
             root = zarr.open_group(draft, mode="w-", attributes=dict(attributes))
             for name, spec in arrays.items():
                 _create_array(root, name, spec)
             for chain in range(num_chains):
                 root.create_group(f"chains/{chain}", attributes=new_record())
             settle_tree(draft)
-            draft.rename(path)
-            settle(path)
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or not is_store(path):
-                raise
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        settle(path)
         return cls(path)
 
     @property
