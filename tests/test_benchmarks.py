@@ -21,6 +21,7 @@ from benchmarks import (
     restrictions_memory,
     sampling,
     store,
+    summary,
 )
 
 
@@ -174,6 +175,31 @@ def test_kernels_benchmark_sees_gradients_that_ignore_which_token(
         "mean": True,
         "same": False,
     }
+
+
+def test_the_page_of_results_is_that_of_the_lines() -> None:
+    page = summary.RESULTS / "README.md"
+    assert page.read_text() == summary.summary(summary.RESULTS), (
+        "run python -m benchmarks.summary --write"
+    )
+
+
+def test_the_page_of_results_shows_the_latest_beside_all(tmp_path: Path) -> None:
+    path = tmp_path / "walks.jsonl"
+    for size, ratio in (("small", 2.0), ("large", 7.0), ("small", 3.25)):
+        figures = {"ratio": ratio, "ratio_quartiles": [ratio - 1, ratio + 1], "peer_s": 1e-3}
+        harness.record(path, "walks uphill", {"size": size}, figures)
+    harness.record(tmp_path / "bytes.jsonl", "bytes", {"size": "full"}, {"ratio": 0.5})
+    page = summary.summary(tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if "|" in line]
+    found = {(row[1], row[2]): row[3:6] for row in rows}
+    assert found["uphill", "size small"] == [
+        "**3.25** (2.25 to 4.25)",
+        "2: 2 to 3.25",
+        "peer_s 0.001",
+    ]
+    assert found["uphill", "size large"][:2] == ["**7** (6 to 8)", "1"]
+    assert found["bytes", "size full"] == ["", "1", "ratio 0.5"]  # not of seconds
 
 
 def test_paired_reports_peer_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
