@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
@@ -15,6 +16,16 @@ from datasets import Dataset
 from tests.models_small import tiny_model
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """Spare garbage collections what imports have made: devinterp asks for four in each call."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Take them back, so that what is left at the end goes in its order."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

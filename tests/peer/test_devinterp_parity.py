@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from devinterp.slt.llc import compute_llc
+from devinterp.slt.sampling import sample as their_sample
 
 import basinscope
 from basinscope.io.schema import METRICS
@@ -83,8 +85,6 @@ def test_custom_loss_equals_the_peer(tmp_path: Path) -> None:
 
 
 def test_llc_equals_the_peer(tmp_path: Path) -> None:
-    from devinterp.slt.llc import compute_llc
-
     ours, theirs = sample_both("gpt_neox", tmp_path)
     expected = compute_llc(theirs)
     for tree in (ours, theirs):  # their stores open and analyse the same way
@@ -101,8 +101,6 @@ def test_their_store_opens_from_its_path(tmp_path: Path) -> None:
 
 
 def sample_both(kind: str, tmp_path: Path, **changes: Any) -> tuple[xr.DataTree, xr.DataTree]:
-    from devinterp.slt.sampling import sample as their_sample
-
     model = tiny_model(kind)
     dataset = token_rows(30, 9, seed=1)
     observables = {
