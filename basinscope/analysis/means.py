@@ -17,7 +17,7 @@ from dask.delayed import delayed
 
 from basinscope.analysis.stores import Part, at_hand, chunks_of, streamed
 
-MANY = 2**12  # losses of a row, from which on sums begin in float32
+MANY = 2**10  # losses of a row, from which on sums begin in float32
 TOGETHER = 64  # most sequences whose losses are added up in float32
 PRODUCT = 2**13  # entries of a matrix so small that BLAS does not wake its threads for it
 
@@ -116,17 +116,19 @@ def _sums_over_batch(values: np.ndarray) -> np.ndarray:
 
 def _added(blocks: np.ndarray) -> np.ndarray:
     """Add up (block, batch, column) over the batch, TOGETHER at a time in their own dtype."""
-    sums = np.zeros((len(blocks), blocks.shape[2]))
-    for first in range(0, blocks.shape[1], TOGETHER):
-        together = blocks[:, first : first + TOGETHER]
-        ones = np.ones(together.shape[1], blocks.dtype)  # a product adds up faster than a sum
-        begun, rest = _whole(together, PRODUCT // TOGETHER)
-        whole = begun.shape[2]
-        by_width = begun.reshape(*begun.shape[:2], -1, PRODUCT // TOGETHER).swapaxes(1, 2)
-        sums[:, :whole] += (ones @ by_width).reshape(len(blocks), whole)
-        if rest.size:
-            sums[:, whole:] += ones @ rest
-    return sums
+    starts = range(0, blocks.shape[1], TOGETHER)
+    sums = [_added_together(blocks[:, first : first + TOGETHER]) for first in starts]
+    return sums[0] if len(sums) == 1 else np.asarray(sums, np.float64).sum(axis=0)
+
+
+def _added_together(blocks: np.ndarray) -> np.ndarray:
+    count = blocks.shape[1]
+    ones = np.ones(count, blocks.dtype)  # a product adds up faster than a sum
+    width = PRODUCT // count
+    begun, rest = _whole(blocks, width)
+    by_width = begun.reshape(len(blocks), count, -1, width).swapaxes(1, 2)
+    sums = (ones @ by_width).reshape(len(blocks), -1)
+    return np.concatenate([sums, ones @ rest], axis=1) if rest.size else sums
 
 
 def _sums_of_tokens(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

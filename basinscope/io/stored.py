@@ -265,6 +265,7 @@ class _ChunkFile:
         self.array = array
         self.name = array.file_of(index)
         self.descriptor: int | None = None
+        self.size = 0  # bytes
         self.spans: np.ndarray | None = None  # (chunks..., 2): offset and bytes, of a shard
 
     def __enter__(self) -> _ChunkFile:
@@ -273,6 +274,7 @@ class _ChunkFile:
         except FileNotFoundError:
             return self
         try:
+            self.size = os.fstat(self.descriptor).st_size
             if self.array.sharded:
                 self.spans = self._shard_index()
         except BaseException:
@@ -296,9 +298,8 @@ class _ChunkFile:
                 )
             return np.broadcast_to(np.asarray(array.fill_value, array.dtype), array.chunk_shape)
         assert self.descriptor is not None
-        size = os.fstat(self.descriptor).st_size
-        if sum(span) > size:
-            raise self._damaged(f"its chunk {index} ends behind the file's {size} bytes")
+        if sum(span) > self.size:
+            raise self._damaged(f"its chunk {index} ends behind the file's {self.size} bytes")
         try:
             return decode(os.pread(self.descriptor, span[1], span[0]), array)
         except (ValueError, RuntimeError) as error:
@@ -308,7 +309,7 @@ class _ChunkFile:
         if self.descriptor is None:
             return None
         if self.spans is None:
-            return 0, os.fstat(self.descriptor).st_size
+            return 0, self.size
         offset, size = self.spans[index]
         return None if offset == NEVER_WRITTEN else (int(offset), int(size))
 
@@ -318,11 +319,10 @@ class _ChunkFile:
             n // m for n, m in zip(self.array.file_shape, self.array.chunk_shape, strict=True)
         ]
         wanted = 16 * int(np.prod(counts)) + CHECKSUM_BYTES
-        size = os.fstat(self.descriptor).st_size
-        if size < wanted:
-            raise self._damaged(f"its {size} bytes are fewer than its index takes ({wanted})")
+        if self.size < wanted:
+            raise self._damaged(f"its {self.size} bytes are fewer than its index takes ({wanted})")
         try:
-            index = _without_checksum(os.pread(self.descriptor, wanted, size - wanted))
+            index = _without_checksum(os.pread(self.descriptor, wanted, self.size - wanted))
         except ValueError as error:
             raise self._damaged(f"its index cannot be read: {error}") from error
         return np.frombuffer(index, "<u8").reshape(*counts, 2)
