@@ -131,7 +131,10 @@ def test_what_a_run_takes_and_what_is_left_of_it(folder: Path) -> None:
     assert not (folder / "s.zarr").exists()
 
     run_from_file(plan, {"chains": [1]})
-    assert looked_at()["values"]["chains_left"] == [0]
+    found = looked_at()
+    assert found["values"]["chains_left"] == [0]
+    assert found["values"]["losses_bytes"] == 2 * losses_in(3, 8)
+    assert "has some: chains 0 are left" in found["text"]
     run_from_file(plan, {})
     assert looked_at()["values"]["chains_left"] == []
     with xr.open_zarr(folder / "s.zarr", consolidated=False) as store:

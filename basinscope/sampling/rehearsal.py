@@ -37,9 +37,11 @@ def rehearse(
     Returns
     -------
     Finding
-        "run". Its values: ``chains_left``, ``steps`` of a chain, ``sequences_per_step``,
-        ``sequences_per_draw``, ``losses_bytes`` (float32, before they are compressed),
-        ``free_bytes`` on the output's disk (None without an output), and ``refused`` (why, or "").
+        "run", a warning if the run would be refused, or its losses may not fit the disk. Its
+        values: ``refused`` (why, or ""), and unless that says why, ``chains_left``, ``steps`` of a
+        chain, ``sequences_per_step``, ``sequences_per_draw``, ``losses_bytes`` (of the chains that
+        are left, before they are compressed) and ``free_bytes`` on the output's disk (None without
+        an output).
     """
     try:
         path = None if output_path is None else checked_place(output_path)
@@ -57,7 +59,8 @@ def rehearse(
     except (TypeError, ValueError, OSError) as error:
         text = f"It would be refused: {error}"
         return Finding("run", "warning", text, {"refused": str(error)})
-    losses, free = _losses_bytes(job), None if path is None else _free_bytes(path)
+    losses = _losses_bytes(job) * len(left) // config.num_chains
+    free = None if path is None else _free_bytes(path)
     values = {
         "chains_left": left,
         "steps": config.num_steps,
@@ -68,7 +71,7 @@ def rehearse(
         "refused": "",
     }
     text = f"{_described(job, values)} {_of_output(path, job, values)}"
-    full = bool(left) and free is not None and losses > free
+    full = free is not None and losses > free
     return Finding("run", "warning" if full else "ok", text, values)
 
 
@@ -105,13 +108,13 @@ def _described(job: SamplingJob, values: Mapping[str, Any]) -> str:
 
 
 def _of_output(path: Path | None, job: SamplingJob, values: Mapping[str, Any]) -> str:
-    size = format_bytes(values["losses_bytes"])
+    left, size = values["chains_left"], format_bytes(values["losses_bytes"])
+    losses = f"Losses: {size} before they are compressed"
     if path is None:
-        return f"Losses: {size} before they are compressed."
-    left = values["chains_left"]
+        return f"{losses}."
     if not left:
         return f"{path} has them all, with these settings: there is nothing left to sample."
-    if len(left) < job.config.num_chains:
-        return f"{path} has some: chains {', '.join(map(str, left))} are left."
-    free = f"{format_bytes(values['free_bytes'])} are free at {path}"
-    return f"Losses: {size} before they are compressed; {free}."
+    losses += f"; {format_bytes(values['free_bytes'])} are free."
+    if len(left) == job.config.num_chains:
+        return losses
+    return f"{path} has some: chains {', '.join(map(str, left))} are left. {losses}"
