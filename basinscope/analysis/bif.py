@@ -12,6 +12,7 @@ import numpy as np
 import xarray as xr
 from dask.delayed import Delayed, delayed
 
+from basinscope.analysis.graphs import without_copy
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Blocks, Influence, Plan, plan_influence
 from basinscope.analysis.products import check_device, product
@@ -288,7 +289,7 @@ def _between_tokens(problem: _Problem, blocks: Blocks) -> Contents:
     positions = np.arange(1, tokens + 1)
     return _labelled(
         problem,
-        influences,
+        without_copy(influences),
         {"target_position": positions, "target_position_T": positions},
     )
 

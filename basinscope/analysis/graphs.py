@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dask.array as da
+import numpy as np
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 
@@ -59,3 +60,22 @@ def array_of(
     tasks: list[Any] = list(blocks.values())
     graph = HighLevelGraph.from_collections(name, layer, dependencies=tasks)
     return da.Array(graph, name, tuple(map(tuple, chunks)), dtype)
+
+
+def without_copy(array: da.Array) -> da.Array:
+    """Have a single chunk, which its task makes anew each time, be the result as it is.
+
+    Dask gives a copy of it, as it might belong to the graph. That takes as much memory once more,
+    and the time to fill it. What is made of the array, by an index or by ``persist()``, is as Dask
+    has it; so is an array of several chunks.
+    """
+    if array.npartitions == 1:
+        vars(array)["__dask_postcompute__"] = lambda: (_only_chunk, ())
+    return array
+
+
+def _only_chunk(nested: Any) -> np.ndarray:
+    while isinstance(nested, list | tuple):
+        (nested,) = nested
+    chunk: np.ndarray = nested
+    return chunk

@@ -6,6 +6,7 @@ import gc
 import re
 import shutil
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -526,3 +527,17 @@ def brute_force(
 
 def close(got: Any, expected: Any) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
+
+
+def test_a_result_in_memory_is_there_once() -> None:
+    tree = random_tree(0, observables={"a": 64}, chains=1, draws=6, steps=6, tokens=32)
+    result = basinscope.compute_bif(tree)
+    result.compute()  # what only the first call takes
+    tracemalloc.start()
+    try:
+        computed = result.compute()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert computed.influences.nbytes == 4 * (64 * 32) ** 2
+    assert peak < 1.3 * computed.influences.nbytes

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import dask
+import dask.array as da
 import numpy as np
 import pytest
+import xarray as xr
 from dask.delayed import delayed
 
-from basinscope.analysis.graphs import array_of, arrays_in
+from basinscope.analysis.graphs import array_of, arrays_in, without_copy
 
 VALUES = {"scalar": np.float64(3.0), "table": np.arange(6.0).reshape(2, 3)}
 
@@ -48,3 +50,27 @@ def test_blocks_lie_where_they_belong_and_others_are_not_made() -> None:
     np.testing.assert_array_equal((array[:, :3] + 1).sum(axis=0), (whole[:, :3] + 1).sum(axis=0))
     with pytest.raises(KeyError):
         array.compute()  # of the block that cannot be cut
+
+
+def test_a_single_chunk_is_the_result_itself() -> None:
+    made: list[np.ndarray] = []
+
+    def make() -> np.ndarray:
+        made.append(np.arange(6.0).reshape(2, 3).T)
+        return made[-1]
+
+    array = without_copy(da.from_delayed(delayed(make)(), (3, 2), np.float64))
+    assert array.compute() is made[0]
+    assert array.compute() is made[1]
+    dataset = xr.Dataset({"values": (("x", "y"), array)}).compute()
+    assert np.shares_memory(dataset["values"], made[2])
+    np.testing.assert_array_equal((array[1:] + 1).T, (made[0][1:] + 1).T)
+
+
+def test_a_chunk_that_is_kept_is_not_given_away() -> None:
+    array = without_copy(da.from_delayed(delayed(np.ones)((3, 2)), (3, 2), np.float64))
+    kept = array.persist()
+    kept.compute()[:] = 7.0
+    np.testing.assert_array_equal(kept, np.ones((3, 2)))
+    several = da.ones((4, 2), chunks=(2, 2))
+    assert without_copy(several) is several
