@@ -22,7 +22,7 @@ SETTINGS = {  # what tells one measurement from another of the same benchmark
 }  # fmt: skip
 LEFT_OUT = {
     "benchmark", "machine", "versions", "measured_at", "rounds", "repeats", "threads", "passes",
-    "parameters", "within", "gpu",
+    "parameters", "gpu",
 }  # fmt: skip
 HEAD = """# Results
 

@@ -278,8 +278,7 @@ def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
     if at_init is not None:
         chained = dims.CHAIN in at_init.dims
         at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
-    others = shapes_of(parts), at_init, samples.n_beta, skipped
-    value = with_totals(_observable_llc, parts, *others)
+    value = with_totals(_observable_llc, parts, shapes_of(parts), at_init, samples.n_beta, skipped)
     return da.from_delayed(value, (), "float64")
 
 

@@ -180,18 +180,18 @@ def _arguments(path: Path, plan: Mapping[str, Any], overrides: Mapping[str, Any]
         if required not in arguments:
             raise ValueError(f"{path}: sampler needs {required}")
 
-    settings = _completed(arguments)
+    settings = _with_defaults(arguments)
     check_execution(_config(arguments), own_loss=False, **_taken_by(check_execution, settings))
     return arguments
 
 
-def _completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _with_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(_sample()).parameters
     return {**{name: parameter.default for name, parameter in parameters.items()}, **arguments}
 
 
 def _config(arguments: Mapping[str, Any]) -> SamplerConfig:
-    settings = _completed(arguments)
+    settings = _with_defaults(arguments)
     rmsprop = merge_rmsprop_aliases(**_taken_by(merge_rmsprop_aliases, settings))
     settings["sampling_method_kwargs"] = rmsprop
     return SamplerConfig(**_taken_by(SamplerConfig, settings))
