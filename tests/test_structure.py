@@ -13,12 +13,12 @@ import basinscope
 
 PACKAGE = Path(basinscope.__file__).parent
 MAY_IMPORT = {
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "jit"},
     "io": {"io"},
     "models": {"models"},
     "sampling": {"sampling", "kernels", "io", "models"},
     "attribution": {"attribution", "sampling", "io", "models"},
-    "analysis": {"analysis", "io"},
+    "analysis": {"analysis", "io", "jit"},
     "report": {"report", "analysis", "io", "sampling", "kernels", "models"},
 }
 NEVER = {"io": {"torch"}, "analysis": {"torch", "datasets", "transformers"}}

@@ -512,7 +512,7 @@ def _influence_attrs(options: BifOptions) -> dict[str, str]:
 
 
 def _input_ids(problem: _Problem) -> xr.Variable:
-    ids = [unread(problem.samples.dataset[f"input_ids_{key}"]) for key in problem.keys]
+    ids = [unread(problem.samples.dataset.variables[f"input_ids_{key}"]) for key in problem.keys]
     if len(ids) > 1:
         held = all(isinstance(values, np.ndarray) for values in ids)
         ids = [np.concatenate(ids) if held else da.concatenate(ids)]

@@ -47,6 +47,8 @@ def array_of(
 ) -> da.Array:
     """Give the array that blocks make, a chunk each, without a task that joins them.
 
+    All tasks are in one layer: Dask goes through layers one by one, several times.
+
     Parameters
     ----------
     blocks : mapping of tuple of int to Delayed
@@ -56,9 +58,10 @@ def array_of(
     dtype
     """
     name = "array-of-" + str(next(iter(blocks.values())).key)
-    layer: dict[Any, Any] = {(name, *place): block.key for place, block in blocks.items()}
-    tasks: list[Any] = list(blocks.values())
-    graph = HighLevelGraph.from_collections(name, layer, dependencies=tasks)
+    layers = {key: layer for block in blocks.values() for key, layer in block.dask.layers.items()}
+    tasks: dict[Any, Any] = {key: task for layer in layers.values() for key, task in layer.items()}
+    tasks |= {(name, *place): block.key for place, block in blocks.items()}
+    graph = HighLevelGraph({name: tasks}, {name: set()})
     return da.Array(graph, name, tuple(map(tuple, chunks)), dtype)
 
 

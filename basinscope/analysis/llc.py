@@ -18,7 +18,6 @@ from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
     mean_losses,
-    shapes_of,
     with_totals,
 )
 from basinscope.analysis.memory import parse_memory_limit
@@ -99,17 +98,16 @@ def compute_llc(
     opened = open_samples(samples, allow_incomplete)
     chosen = choose_observables(opened, observables)
     name = sampled_losses(opened)
-    row = str(opened.dataset[name].dims[1])
+    row = str(opened.dataset.variables[name].dims[1])
     skipped = _checked_burn_in(opened, row, burn_in)
     plan_llc(opened, chosen).validate(parse_memory_limit(memory_limit))
 
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
-    shapes = shapes_of(parts)
-    lengths = [shape[1] for shape in shapes]
-    computed = with_totals(_estimate, parts, shapes, opened.init_loss(), opened.n_beta)
+    lengths = [part.shape[1] for part in parts]
+    computed = with_totals(_estimate, parts, opened.init_loss(), opened.n_beta)
     batches = _shared_batches(opened, row, skipped, max(lengths))
     judged = delayed(_judge)(computed["traces"], opened.n_beta, batches)
-    chains, longest, tokens = len(parts), max(lengths), shapes[0][3]
+    chains, longest, tokens = len(parts), max(lengths), parts[0].shape[3]
     sizes = {"chain": chains, "row": longest, "token_pos": tokens}
     members = {
         name: (tuple(sizes[dim] for dim in dim_names), np.float64)
@@ -274,11 +272,11 @@ def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
 def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
     skipped = _rows_of_burn_in(samples, dims.DRAW, burn_in)
     parts = samples.losses(f"loss_{obs_id}")
-    at_init: Any = samples.dataset.get(f"init_loss_{obs_id}")
+    at_init: Any = samples.dataset.variables.get(f"init_loss_{obs_id}")
     if at_init is not None:
         chained = dims.CHAIN in at_init.dims
         at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
-    value = with_totals(_observable_llc, parts, shapes_of(parts), at_init, samples.n_beta, skipped)
+    value = with_totals(_observable_llc, parts, at_init, samples.n_beta, skipped)
     return da.from_delayed(value, (), "float64")
 
 

@@ -34,7 +34,7 @@ from basinscope.io.stored import StoredArray
 Part = StoredArray | Selected | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
 TASK_BYTES = 2**28  # of losses on disk that one task goes through
-SLAB_BYTES = 2**21  # of losses in memory that are gone through at once, in a core's cache
+SLAB_BYTES = 2**23  # of losses in memory that are gone through at once
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ class Samples:
 
     def losses(self, name: str) -> list[Part]:
         """Give the losses of each chain that counts, up to the last row that counts."""
-        rows = self.steps if dims.STEP in self.dataset[name].dims else self.draws
+        rows = self.steps if dims.STEP in self.dataset.variables[name].dims else self.draws
         chains = zip(self.places, rows, strict=True)
         stored = self._stored(name)
         if stored is not None:
             return [stored.part(slice(chain, chain + 1), slice(count)) for chain, count in chains]
-        data = unread(self.dataset[name])
+        data = unread(self.dataset.variables[name])
         parts = [data[chain : chain + 1, :count] for chain, count in chains]
         return [part if isinstance(part, np.ndarray) else Selected(part) for part in parts]
 
@@ -111,15 +111,15 @@ class Samples:
         stored = self._stored("init_loss")
         if stored is not None:
             return [stored.part(slice(chain, chain + 1)) for chain in self.places]
-        data = unread(self.dataset["init_loss"])
+        data = unread(self.dataset.variables["init_loss"])
         return [data[chain : chain + 1] for chain in self.places]
 
     def _stored(self, name: str) -> StoredArray | None:
         """Find the array on disk that a variable is, to read it chunk by chunk."""
         if self.path is None:
-            stored = stored_array(self.dataset[name])
+            stored = stored_array(self.dataset.variables[name])
         else:
-            stored = stored_at(self.path, self.dataset[name])
+            stored = stored_at(self.path / name, self.dataset.variables[name])
         return stored.written() if stored is not None and self.recorded else stored
 
     def identity(self, names: Sequence[str]) -> dict[str, Any]:
@@ -272,13 +272,13 @@ def _require_losses(dataset: xr.Dataset, name: str) -> None:
             f"{name} holds no losses but {', '.join(names) or 'nothing'}: pass the tree that "
             "sample() returned, or the path of its store"
         )
-    for variable, values in dataset.data_vars.items():
-        if "loss" in str(variable) and values.ndim == 4:
+    for variable in names:
+        shaped = dataset.variables[variable].dims
+        if "loss" in variable and len(shaped) == 4:
             rows = dims.STEP if variable == "sampling_loss_micro" else dims.DRAW
-            first, second, _, last = values.dims
-            if (first, second, last) != (dims.CHAIN, rows, dims.TOKEN_POS):
+            if (*shaped[:2], shaped[3]) != (dims.CHAIN, rows, dims.TOKEN_POS):
                 raise ValueError(
-                    f"{variable} of {name} has dims {values.dims}; expected "
+                    f"{variable} of {name} has dims {shaped}; expected "
                     f"(chain, {rows}, batch, token_pos): transpose it"
                 )
 
@@ -322,16 +322,16 @@ def choose_observables(samples: Samples, wanted: Literal["all"] | Sequence[str])
     return found
 
 
-def unread(variable: xr.DataArray) -> da.Array | np.ndarray:
+def unread(variable: xr.Variable) -> da.Array | np.ndarray:
     """Give a variable's values where they are in memory, else as a Dask array."""
-    if variable.chunks is None and not variable.variable._in_memory:
+    if variable.chunks is None and not variable._in_memory:
         variable = variable.chunk()
     values: da.Array | np.ndarray = variable.data
     return values
 
 
 def chunks_of(part: Part) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """Go through losses in pieces that fit a core's cache (or as a store holds them).
+    """Go through losses in pieces: those that a store holds, or slabs of an array in memory.
 
     Yields
     ------

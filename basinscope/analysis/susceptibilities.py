@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import dask.array as da
@@ -15,14 +15,22 @@ from basinscope.analysis.graphs import array_of
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
+    made_at_once,
     mean_losses,
-    shapes_of,
     weighted_mean,
     with_totals,
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
-from basinscope.analysis.stores import Part, Samples, choose_observables, cut, open_samples, unread
+from basinscope.analysis.stores import (
+    Part,
+    Samples,
+    at_hand,
+    choose_observables,
+    cut,
+    open_samples,
+    unread,
+)
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
@@ -82,7 +90,8 @@ def compute_susceptibilities(
     ------
     ValueError
         If "full" is missing, an observable is unknown, or stores differ in their settings or their
-        observables; names both sides. Token ids that differ are found when they are read.
+        observables; names both sides. Token ids that differ are found when they are read: of
+        stores in memory, at once.
     PlanError
         If the memory does not suffice.
     StoreMismatchError
@@ -104,20 +113,20 @@ def compute_susceptibilities(
     _plan(losses, task, probes).validate(parse_memory_limit(memory_limit))
 
     full = stores[FULL]
-    of_task = {name: _lazy_task(losses[name][task], full) for name in stores}
-    ids = {obs_id: _lazy_ids(stores, obs_id) for obs_id in probes}
-    blocks: dict[tuple[int, ...], Delayed] = {}
-    sizes: list[int] = []
-    for obs_id in probes:
-        layout = Layout.of(losses[FULL][obs_id])
-        for rows in sequence_blocks(layout):
-            full_mean = delayed(weighted_mean)(_cut_rows(losses[FULL][obs_id], rows))
-            for column, name in enumerate(restrictions):
-                response = delayed(_response)(_cut_rows(losses[name][obs_id], rows), of_task[name])
-                blocks[len(sizes), column] = delayed(_susceptibility)(
-                    response, full_mean, of_task[FULL], ids[obs_id]
-                )
-            sizes.append((rows.stop - rows.start) * layout.shape[3])
+    layouts = {obs_id: Layout.of(losses[FULL][obs_id]) for obs_id in probes}
+    places = [(obs_id, rows) for obs_id in probes for rows in sequence_blocks(layouts[obs_id])]
+    made_from = _at_once if _at_hand(losses) else _by_block
+    below_task = made_from(losses[FULL], task, places, full, _below_task)
+    responses = [made_from(losses[name], task, places, full, _response) for name in restrictions]
+    ids = {obs_id: _common_ids(stores, obs_id) for obs_id in probes}
+    blocks: dict[tuple[int, ...], Delayed] = {
+        (block, column): delayed(_susceptibility)(
+            response[block], below_task[block], obs_id, ids[obs_id]
+        )
+        for column, response in enumerate(responses)
+        for block, (obs_id, _) in enumerate(places)
+    }
+    sizes = [(rows.stop - rows.start) * layouts[obs_id].shape[3] for obs_id, rows in places]
     sus = array_of(blocks, (sizes, [1] * len(restrictions)), np.float64)
     result = _flattened(full, restrictions, ids, sus)
     if output_path is None:
@@ -223,7 +232,7 @@ def _require_alike(
                 f"{', '.join(other.observables)}"
             )
             continue
-        shapes = [store.dataset[f"loss_{obs_id}"].shape[2:] for store in (full, other)]
+        shapes = [store.dataset.variables[f"loss_{obs_id}"].shape[2:] for store in (full, other)]
         if shapes[0] != shapes[1]:
             differences.append(
                 f"(sequences, tokens) of {obs_id!r}: {shapes[0]} in {full_name!r}, {shapes[1]} in "
@@ -253,8 +262,40 @@ class Task(NamedTuple):
     mean_loss: float
 
 
-def _lazy_task(parts: list[Part], full: Samples) -> Delayed:
-    return with_totals(_of_task, parts, shapes_of(parts), full.init_loss())
+Place = tuple[str, slice]  # a block of losses: observable, sequences
+Make = Callable[[dict[str, list[Any]], Task], dict[str, Any]]  # of losses on observables
+
+
+def _at_hand(losses: Mapping[str, Mapping[str, list[Part]]]) -> bool:
+    return all(at_hand(parts) for of_store in losses.values() for parts in of_store.values())
+
+
+def _at_once(
+    losses: Mapping[str, list[Part]], task: str, places: list[Place], full: Samples, make: Make
+) -> list[Delayed]:
+    """Have something made of one run's losses, all in one task."""
+    probes = {obs_id: losses[obs_id] for obs_id, _ in places}
+    return [delayed(_of_losses)(losses[task], full.init_loss(), probes, make)] * len(places)
+
+
+def _by_block(
+    losses: Mapping[str, list[Part]], task: str, places: list[Place], full: Samples, make: Make
+) -> list[Delayed]:
+    """Have something made of every block of one run's losses, a task for each."""
+    of_task = with_totals(_of_task, losses[task], full.init_loss())
+    return [
+        delayed(make)({obs_id: [cut(part, slice(None), rows) for part in losses[obs_id]]}, of_task)
+        for obs_id, rows in places
+    ]
+
+
+def _of_losses(
+    of_task: list[np.ndarray],
+    init_losses: list[Any],
+    probes: dict[str, list[np.ndarray]],
+    make: Make,
+) -> dict[str, Any]:
+    return make(probes, made_at_once(_of_task, of_task, init_losses))
 
 
 def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any]) -> Task:
@@ -264,54 +305,61 @@ def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: l
     return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
 
 
-def _cut_rows(parts: list[Part], rows: slice) -> list[Part]:
-    return [cut(part, slice(None), rows) for part in parts]
+def _below_task(probes: dict[str, list[Any]], of_task: Task) -> dict[str, np.ndarray]:
+    """Give by how much E[ℓ] of the tokens, (batch, token_pos), is below E[P], both of "full"."""
+    return {obs_id: of_task.mean_loss - weighted_mean(parts) for obs_id, parts in probes.items()}
 
 
-def _response(parts: list[Any], task: Task) -> tuple[np.ndarray, float]:
+def _response(probes: dict[str, list[Any]], of_task: Task) -> dict[str, tuple[np.ndarray, float]]:
     """Give E[φ P] - E[φ ℓ] of the tokens, (batch, token_pos), and E[φ], of one run."""
-    return task.mean_phi_loss - weighted_mean(parts, task.phi), task.mean_phi
+    return {
+        obs_id: (of_task.mean_phi_loss - weighted_mean(parts, of_task.phi), of_task.mean_phi)
+        for obs_id, parts in probes.items()
+    }
 
 
 def _susceptibility(
-    response: tuple[np.ndarray, float],
-    full_mean: np.ndarray,
-    full_task: Task,
+    responses: dict[str, tuple[np.ndarray, float]],
+    below_task: dict[str, np.ndarray],
+    obs_id: str,
     checked_ids: np.ndarray,
 ) -> np.ndarray:
-    moved_together, mean_phi = response
-    return (moved_together - mean_phi * (full_task.mean_loss - full_mean)).reshape(-1, 1)
+    moved_together, mean_phi = responses[obs_id]
+    return (moved_together - mean_phi * below_task[obs_id]).reshape(-1, 1)
 
 
 def _flattened(
-    full: Samples, restrictions: list[str], lazy_ids: dict[str, Delayed], sus: da.Array
+    full: Samples, restrictions: list[str], ids: dict[str, Delayed | np.ndarray], sus: da.Array
 ) -> xr.DataTree:
     """Lay susceptibilities and contexts out flat, (batch, position) row-major per observable."""
-    probes = list(lazy_ids)
+    probes = list(ids)
     names = {"dataset_id_to_name": probes}
-    arrays = [full.dataset[f"input_ids_{obs_id}"] for obs_id in probes]
-    shapes = [full.dataset[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
-    sizes = [array.shape for array in arrays]
-    ids = [
-        da.from_delayed(lazy, (array.size,), array.dtype)
-        for lazy, array in zip(lazy_ids.values(), arrays, strict=True)
+    variables = full.dataset.variables
+    shapes = [variables[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
+    contexts = [variables[f"input_ids_{obs_id}"] for obs_id in probes]
+    sizes = [context.shape for context in contexts]
+    flat_ids = [
+        da.from_delayed(flat, (context.size,), context.dtype) if isinstance(flat, Delayed) else flat
+        for flat, context in zip(ids.values(), contexts, strict=True)
     ]
     first = xr.Variable(
         ("sus_flat", "wr"), sus,
         {"long_name": "susceptibility of a token's loss to a weight restriction", "units": "nats2"},
     )  # fmt: skip
     context = xr.Variable(
-        "ctx_flat", da.concatenate(ids), {"long_name": "token ids of the sequences", "units": "1"}
-    )
+        "ctx_flat", np.concatenate(flat_ids),
+        {"long_name": "token ids of the sequences", "units": "1"},
+    )  # fmt: skip
     flat = _flat_coordinates("sus_flat", shapes, "target_position", 1)
     flat_context = _flat_coordinates("ctx_flat", sizes, "position", 0)
-    return xr.DataTree.from_dict(
-        {
-            "/": xr.Dataset(attrs=full.provenance),
-            "/susceptibilities": xr.Dataset({"sus": first}, {**flat, "wr": restrictions}, names),
-            "/context": xr.Dataset({"input_ids": context}, flat_context, names),
-        }
-    )
+    tree = xr.DataTree(xr.Dataset(attrs=full.provenance))
+    tree.children = {
+        "susceptibilities": xr.DataTree(
+            xr.Dataset({"sus": first}, {**flat, "wr": restrictions}, names)
+        ),
+        "context": xr.DataTree(xr.Dataset({"input_ids": context}, flat_context, names)),
+    }
+    return tree
 
 
 def _flat_coordinates(
@@ -329,13 +377,17 @@ def _flat_coordinates(
     return {name: (dim, column) for name, column in columns.items()}
 
 
-def _lazy_ids(stores: Mapping[str, Samples], obs_id: str) -> Delayed:
-    ids = {name: unread(store.dataset[f"input_ids_{obs_id}"]) for name, store in stores.items()}
-    return delayed(_checked_ids)(obs_id, ids)
+def _common_ids(stores: Mapping[str, Samples], obs_id: str) -> Delayed | np.ndarray:
+    """Give the token ids of an observable, the same in every store; at once where none is read."""
+    name = f"input_ids_{obs_id}"
+    ids: dict[str, Any] = {
+        run: unread(store.dataset.variables[name]) for run, store in stores.items()
+    }
+    in_memory = all(isinstance(array, np.ndarray) for array in ids.values())
+    return (_checked_ids if in_memory else delayed(_checked_ids))(obs_id, ids)
 
 
 def _checked_ids(obs_id: str, ids: dict[str, np.ndarray]) -> np.ndarray:
-    """Give the token ids of an observable, the same in every store."""
     full = ids[FULL]
     for name, other in ids.items():
         if not np.array_equal(full, other):

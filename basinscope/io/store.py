@@ -107,7 +107,7 @@ def read_tree(path: Path) -> xr.DataTree:
     read_in_parts = {
         name: variable.copy(data=_dask_array(stored))
         for name, variable in dataset.data_vars.items()
-        if (stored := stored_at(path, variable))
+        if (stored := stored_at(path / str(name), variable.variable))
     }
     tree.dataset = dataset.assign(read_in_parts)
     return lazy(tree)
@@ -149,18 +149,18 @@ def _dask_array(stored: StoredArray) -> da.Array:
     )  # fmt: skip
 
 
-def stored_at(path: Path, variable: xr.DataArray) -> StoredArray | None:
-    """Open a variable of the store at ``path`` for reading in parts.
+def stored_at(path: Path, variable: xr.Variable) -> StoredArray | None:
+    """Open the variable that is stored at ``path`` for reading in parts.
 
     None where its values are not what is stored, or where only zarr-python can read it.
     """
     if SCALED & variable.encoding.keys():
         return None
-    stored = open_stored(path / str(variable.name))
+    stored = open_stored(path)
     return stored if stored is not None and stored.dtype == variable.dtype else None
 
 
-def stored_array(variable: xr.DataArray) -> StoredArray | None:
+def stored_array(variable: xr.Variable) -> StoredArray | None:
     """Give what a variable reads from, if it is a store's array as :func:`open_store` gave it.
 
     A variable that was sliced or changed since is no longer that array: None.

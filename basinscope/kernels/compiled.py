@@ -6,7 +6,8 @@ addresses, so one call serves all parameters; work on one block depends on nothi
 so any split over threads gives the same bits.
 
 Numba's on-disk cache notices changes of the file a function is in, and of no other. What is inlined
-here from another file therefore stands below with its digest, which a test compares.
+here from another file, and the options, therefore stand below with their digests, which a test
+compares.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, overload
 
+from basinscope.jit import OPTIONS, SUMMING, jit
 from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.polynomials import COS, LOG, MINUS_TWO_LN_TWO, SIN, SQRT_HALF_BITS
 
-INLINED = {"polynomials.py": "446885596c2a7d56"}
+INLINED = {"polynomials.py": "446885596c2a7d56", "../jit.py": "4e539c54d0d96b13"}
 
 BLOCK = 2048
 N_SUMS = 9
@@ -35,19 +37,6 @@ _STORAGE: dict[torch.dtype, tuple[Any, int | None]] = {
     torch.bfloat16: (np.uint16(0), 0),
     torch.float16: (np.uint16(0), 1),
 }
-
-# Products may be contracted with sums, and long sums reordered to vectorise; nothing else is
-# relaxed: NaN and infinity keep their meaning, and so do differences that are taken for accuracy.
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-SUMMING: dict[str, Any] = {**OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
-
-
-def jit(function: Any) -> Any:
-    """Compile with an on-disk cache, or without one where no directory can hold it."""
-    try:
-        return numba.njit(cache=True, **OPTIONS)(function)
-    except RuntimeError:
-        return numba.njit(**OPTIONS)(function)
 
 
 def storage_of(dtype: torch.dtype) -> tuple[Any, int | None]:

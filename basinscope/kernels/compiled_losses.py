@@ -11,9 +11,10 @@ from typing import Any
 import numba
 import numpy as np
 
-from basinscope.kernels.compiled import OPTIONS, SUMMING, bits_of, float_of, jit, narrow, read, view
+from basinscope.jit import OPTIONS, SUMMING, jit
+from basinscope.kernels.compiled import bits_of, float_of, narrow, read, view
 
-INLINED = {"compiled.py": "cef28480137e8471"}  # see there
+INLINED = {"compiled.py": "dcf8556ccd69b586", "../jit.py": "4e539c54d0d96b13"}  # see there
 
 _CHUNK = 4096  # summed in float32; the chunks' sums are added in float64
 _LOG2_E = 1.4426950408889634

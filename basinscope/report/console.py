@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 EXTRAS = {
-    "sampling": ("torch", "triton", "datasets", "numba", "cloudpickle", "pyarrow"),
+    "sampling": ("torch", "triton", "datasets", "cloudpickle", "pyarrow"),
     "hf": ("transformers", "tokenizers"),
     "report": ("matplotlib",),
     "distributed": ("distributed", "bokeh"),

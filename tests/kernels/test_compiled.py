@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
+from basinscope.analysis import sums
+from basinscope.jit import jit
 from basinscope.kernels import compiled, compiled_losses
 
-HERE = Path(compiled.__file__).parent
 
-
-@pytest.mark.parametrize("module", [compiled, compiled_losses], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [compiled, compiled_losses, sums], ids=lambda m: m.__name__)
 def test_what_is_inlined_from_other_files_carries_their_digest(module: ModuleType) -> None:
     """Numba's cache sees a change of the file itself only, so the file must change too."""
+    assert module.__file__
     for name, digest in module.INLINED.items():
-        current = hashlib.sha256((HERE / name).read_bytes()).hexdigest()[:16]
+        current = hashlib.sha256((Path(module.__file__).parent / name).read_bytes()).hexdigest()[
+            :16
+        ]
         assert digest == current, f'set INLINED["{name}"] to "{current}" in {module.__file__}'
 
 
@@ -36,7 +39,7 @@ def test_the_kernels_work_where_no_cache_can_be_written(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(numba, "njit", refusing)
 
-    @compiled.jit
+    @jit
     def twice(x: float) -> float:
         return 2 * x
 
