@@ -12,8 +12,7 @@ from basinscope.analysis.plan import Layout
 from basinscope.analysis.stores import Part, Samples, chunks_of, cut, files_of
 from basinscope.io.copy import TemporaryCopy
 
-GROUP_BYTES = 2**22  # of float64 traces, of losses in memory, that are averaged together
-FAINT = 1e3  # length of a trace over that of its deviations, from which squares are shifted first
+GROUP_BYTES = 2**21  # of traces, of losses in memory, that are averaged together
 SLAB_BYTES = 2**20  # of float64 traces that are standardised together
 
 
@@ -294,65 +293,26 @@ def gather_token_means(
     -------
     np.ndarray (sequences, samples), float64
     """
+    from basinscope.analysis import token_means  # compiled: numba takes its time to import
+
     if mean_over_chains or not _in_memory(pieces):
         traces = gather_traces(pieces, shape, dtype, mean_over_chains, *copied)
-        return mean_over_tokens(traces, covariance)
+        return token_means.of_traces(traces, covariance)
     means = np.empty((shape[0], shape[2]))
     _, tokens, samples = shape
-    together = max(1, GROUP_BYTES // (8 * tokens * samples))
-    slab = np.empty((samples, together, tokens))  # as losses in memory lie
+    together = max(1, GROUP_BYTES // (dtype.itemsize * tokens * samples))
+    slab = np.empty((together, samples, tokens), dtype)  # as losses in memory lie
     for chains, take, put in pieces:
         losses = [part[0] for files in chains for _, part in files]
         for first in range(0, len(put), together):
             at = put[first : first + together]
             some: Any = slice(first, first + len(at)) if take is None else take[first:][: len(at)]
-            traces = slab[:, : len(at)]
-            start = 0
+            traces, start = slab[: len(at)], 0
             for own in losses:
-                traces[start : start + len(own)] = own[:, some]
+                traces[:, start : start + len(own)] = own[:, some].swapaxes(0, 1)
                 start += len(own)
-            mean, scale = _moments(traces, covariance)
-            total = np.vecdot(traces, scale).T
-            means[at] = (total - (mean * scale).sum(axis=1, keepdims=True)) / tokens
+            means[at] = token_means.of_losses(traces, covariance)
     return means
-
-
-def _moments(traces: np.ndarray, covariance: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Give mean and scale of float64 traces (samples, sequences, token_pos)."""
-    samples = len(traces)
-    squares = np.einsum("nst,nst->st", traces, traces)
-    mean, scale = _mean_and_scale(traces.sum(axis=0), squares, samples, covariance)
-    if not covariance:
-        # where the mean is far above the spread, squares lose its digits: shifted, they do not
-        faint = ~(scale * np.sqrt(squares) < FAINT)
-        if faint.any():
-            few = traces[:, faint] - traces[0, faint]
-            squares = np.einsum("nf,nf->f", few, few)
-            _, scale[faint] = _mean_and_scale(few.sum(axis=0), squares, samples, covariance)
-    return mean, scale
-
-
-def mean_over_tokens(traces: np.ndarray, covariance: bool) -> np.ndarray:
-    """Standardise traces and average them over the tokens of each sequence.
-
-    Parameters
-    ----------
-    traces : np.ndarray (sequences, token_pos, samples)
-
-    Returns
-    -------
-    np.ndarray (sequences, samples), float64
-    """
-    sequences, tokens, samples = traces.shape
-    means = np.zeros((sequences, samples))
-    for total, trace in zip(means, traces, strict=True):
-        for _, shifted in _shifted(trace):
-            mean, scale = _mean_and_scale(
-                shifted.sum(axis=1), np.vecdot(shifted, shifted), samples, covariance
-            )
-            # not BLAS, whose own threads would wait for those of other tasks
-            total += np.einsum("t,tn->n", scale, shifted) - mean @ scale
-    return means / tokens
 
 
 def _in_memory(pieces: list[Piece]) -> bool:

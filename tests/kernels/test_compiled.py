@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from basinscope.analysis import sums
+from basinscope.analysis import sums, token_means
 from basinscope.jit import jit
 from basinscope.kernels import compiled, compiled_losses
 
 
-@pytest.mark.parametrize("module", [compiled, compiled_losses, sums], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [compiled, compiled_losses, sums, token_means], ids=lambda m: m.__name__
+)
 def test_what_is_inlined_from_other_files_carries_their_digest(module: ModuleType) -> None:
     """Numba's cache sees a change of the file itself only, so the file must change too."""
     assert module.__file__
