@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import dask
 import numpy as np
@@ -18,7 +19,7 @@ from basinscope.io.stored import StoredArray
 CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its part in float64
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
-SEQUENCES_BYTES = 2**28  # most that one task of susceptibilities streams
+SEQUENCES_BYTES = 2**30  # most that one task of susceptibilities streams
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
 COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
@@ -215,9 +216,11 @@ def sequence_blocks(layout: Layout) -> list[slice]:
     if layout.at_hand:
         return [slice(0, layout.shape[2])]
     count, extent = layout.shape[2], layout.chunk[2]
+    chunks = math.ceil(count / extent)
     rounds = max(1, math.ceil(layout.nbytes / (workers() * SEQUENCES_BYTES)))
-    block = math.ceil(math.ceil(count / extent) / (workers() * rounds)) * extent
-    blocks = [slice(a, min(a + block, count)) for a in range(0, count, block)]
+    tasks = min(chunks, workers() * rounds)
+    bounds = [min(chunks * task // tasks * extent, count) for task in range(tasks + 1)]
+    blocks = [slice(a, b) for a, b in pairwise(bounds)]
     read = sum(layout.bytes_of(np.arange(at.start, at.stop)) for at in blocks)
     return blocks if read <= AMPLIFIED * layout.nbytes else [slice(0, count)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -89,25 +89,31 @@ def row_numbers(dataset: xr.Dataset, row: str) -> np.ndarray | None:
     return np.arange(count) if count == _planned(dataset, row, count) else None
 
 
-def count_written(dataset: xr.Dataset, row: str, written: int, name: str) -> int:
-    """Count the draws or steps, of a selection too, that a chain's record says are written."""
+def count_written(
+    dataset: xr.Dataset, row: str, written: Mapping[int, int], name: str
+) -> dict[int, int]:
+    """Count the draws or steps, of a selection too, that the record of each chain says it has."""
     count = dataset.sizes.get(row, 0)
     numbers = row_numbers(dataset, row)
     if numbers is None:
-        if written >= _planned(dataset, row, count):
-            return count
-        raise ValueError(
-            f"{name} has {count} {row}s without numbers, so that it cannot be told which of them "
-            f"are among the {written} that were written: select {row}s of a tree that open_store() "
-            "gave, which are numbered"
-        )
-    there = numbers < written
-    found = int(np.count_nonzero(there))
-    if not there[:found].all():
-        raise ValueError(
-            f"{name} has {row}s that were written behind others that were not: keep {row}s in "
-            "their order"
-        )
+        planned = _planned(dataset, row, count)
+        for rows in written.values():
+            if rows < planned:
+                raise ValueError(
+                    f"{name} has {count} {row}s without numbers, so that it cannot be told which "
+                    f"of them are among the {rows} that were written: select {row}s of a tree that "
+                    "open_store() gave, which are numbered"
+                )
+        return dict.fromkeys(written, count)
+    found = {}
+    for chain, rows in written.items():
+        there = numbers < rows
+        found[chain] = int(np.count_nonzero(there))
+        if not there[: found[chain]].all():
+            raise ValueError(
+                f"{name} has {row}s that were written behind others that were not: keep {row}s in "
+                "their order"
+            )
     return found
 
 

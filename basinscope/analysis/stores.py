@@ -202,12 +202,9 @@ def open_samples(
             "the draws that are written with allow_incomplete=True (--allow-incomplete)"
         )
     failed = {chain for chain in gaps if chain not in unfinished}
+    sound = [chain for chain in places if chain not in failed]
     draws, steps = (
-        {
-            chain: count_written(dataset, row, records[chain][f"{row}s_written"], name)
-            for chain in places
-            if chain not in failed
-        }
+        count_written(dataset, row, {c: records[c][f"{row}s_written"] for c in sound}, name)
         for row in (dims.DRAW, dims.STEP)
     )
     left_out = {c: gap for c, gap in gaps.items() if c in failed or not draws[c]}
