@@ -300,7 +300,8 @@ def _of_losses(
 
 def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any]) -> Task:
     losses, _ = mean_losses(totals, shapes)
-    phi = [trace - at_checkpoint(init_losses).mean() for trace in losses]
+    init_loss = at_checkpoint(init_losses).mean()
+    phi = [trace - init_loss for trace in losses]
     joined, loss = np.concatenate(phi), np.concatenate(losses)
     return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
 
