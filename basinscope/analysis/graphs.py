@@ -47,7 +47,8 @@ def array_of(
 ) -> da.Array:
     """Give the array that blocks make, a chunk each, without a task that joins them.
 
-    All tasks are in one layer: Dask goes through layers one by one, several times.
+    All tasks are in one layer, without annotations: Dask goes through layers one by one, several
+    times.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ def with_totals(make: Callable[..., Any], parts: list[Part], *others: Any) -> An
     Parameters
     ----------
     make : callable
-        Takes what :func:`mean_losses` takes, and ``others``.
+        Takes the totals and the shapes of all chains, as :func:`mean_losses` does, and ``others``.
     parts : list of Part
         One for each chain, (1, rows, batch, token_pos); chains may have different numbers of rows.
 
@@ -31,13 +31,13 @@ def with_totals(make: Callable[..., Any], parts: list[Part], *others: Any) -> An
         Of what ``make`` returns.
     """
     if at_hand(parts):
-        return delayed(made_at_once)(make, parts, *others)
+        return delayed(from_totals)(make, parts, *others)
     add_up = delayed(loss_totals)
     totals = [[(first, add_up(piece)) for first, piece in streamed(part)] for part in parts]
     return delayed(make)(totals, _shapes(parts), *others)
 
 
-def made_at_once(make: Callable[..., Any], parts: list[np.ndarray], *others: Any) -> Any:
+def from_totals(make: Callable[..., Any], parts: list[np.ndarray], *others: Any) -> Any:
     """Do what the tasks of :func:`with_totals` do, at once."""
     return make([[(0, loss_totals(part))] for part in parts], _shapes(parts), *others)
 

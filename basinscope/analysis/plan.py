@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import dask
 import numpy as np
@@ -16,10 +15,10 @@ from basinscope.analysis.stores import Part, at_hand
 from basinscope.io.copy import chunk_sequences
 from basinscope.io.stored import StoredArray
 
-CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and its part in float64
+CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and what is made of it
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
-SEQUENCES_BYTES = 2**30  # most that one task of susceptibilities streams
+SEQUENCES_BYTES = 2**30  # most that one task of susceptibilities streams, of more than a chunk
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
 COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
@@ -44,7 +43,8 @@ class Plan:
     bytes_to_write : int
         Of a temporary copy.
     peak_memory : int
-        Bytes held at once, beyond what the process holds before; the result is not in it.
+        Bytes held at once, beyond what the process and its libraries hold before; the result is
+        not in it.
     output_bytes : int
         Of the result.
     flops : int
@@ -208,19 +208,24 @@ def plan_susceptibilities(
 
 
 def sequence_blocks(layout: Layout) -> list[slice]:
-    """Cut sequences so that a task streams whole chunks over all draws, the same for each worker.
+    """Cut sequences so that a task streams whole chunks over all draws, about as many each worker.
+
+    All blocks but the last are of one size, as Zarr stores them.
 
     Where chunks hold so many sequences that blocks would decode them again and again, one task
     takes all; so it does where losses are at hand, whose rows stand side by side undivided.
     """
     if layout.at_hand:
         return [slice(0, layout.shape[2])]
-    count, extent = layout.shape[2], layout.chunk[2]
-    chunks = math.ceil(count / extent)
-    rounds = max(1, math.ceil(layout.nbytes / (workers() * SEQUENCES_BYTES)))
-    tasks = min(chunks, workers() * rounds)
-    bounds = [min(chunks * task // tasks * extent, count) for task in range(tasks + 1)]
-    blocks = [slice(a, b) for a, b in pairwise(bounds)]
+    count, extent = layout.shape[2], max(1, layout.chunk[2])
+    chunks = max(1, math.ceil(count / extent))
+    most = max(1, min(SEQUENCES_BYTES * chunks // max(1, layout.nbytes), -(-chunks // workers())))
+
+    def last_to_end(size: int) -> int:
+        return math.ceil(math.ceil(chunks / size) / workers()) * size
+
+    block = min(range(most, 0, -1), key=last_to_end) * extent
+    blocks = [slice(a, min(a + block, count)) for a in range(0, max(1, count), block)]
     read = sum(layout.bytes_of(np.arange(at.start, at.stop)) for at in blocks)
     return blocks if read <= AMPLIFIED * layout.nbytes else [slice(0, count)]
 

@@ -34,7 +34,7 @@ from basinscope.io.stored import StoredArray
 Part = StoredArray | Selected | np.ndarray  # losses of one chain: (1, rows, batch, token_pos)
 FILE_BYTES = 2**25  # of losses in memory that one task takes, as if they were a file
 TASK_BYTES = 2**28  # of losses on disk that one task goes through
-SLAB_BYTES = 2**23  # of losses in memory that are gone through at once
+SLAB_BYTES = 2**23  # of losses in memory that are gone through, and if need be copied, at once
 
 
 @dataclass(frozen=True)
@@ -337,12 +337,13 @@ def chunks_of(part: Part) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     values : np.ndarray (1, rows, batch, token_pos)
     """
     if not isinstance(part, np.ndarray):
-        yield from part.chunks()
+        yield from (chunk for chunk in part.chunks() if chunk[1].size)
         return
     rows = max(1, SLAB_BYTES // max(1, part[:, :1].nbytes))
     for first in range(0, part.shape[1], rows):
         row = slice(first, min(first + rows, part.shape[1]))
-        yield (slice(0, 1), row, slice(0, part.shape[2]), slice(0, part.shape[3])), part[:, row]
+        if part.size:
+            yield (slice(0, 1), row, slice(0, part.shape[2]), slice(0, part.shape[3])), part[:, row]
 
 
 def streamed(part: Part) -> list[tuple[int, Part]]:

@@ -15,7 +15,7 @@ from basinscope.analysis.graphs import array_of
 from basinscope.analysis.means import (
     Totals,
     at_checkpoint,
-    made_at_once,
+    from_totals,
     mean_losses,
     weighted_mean,
     with_totals,
@@ -34,6 +34,7 @@ from basinscope.analysis.stores import (
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
+RUN_BYTES = 2**26  # most losses of a run, in memory, that one task takes together
 MAY_DIFFER = {  # settings that leave the comparison of two runs fair
     "init_seed", "num_chains", "num_draws", "num_init_loss_batches",
     "save_metrics", "save_sampling_input_ids", "loss_keep_bits", "cores",
@@ -81,10 +82,11 @@ def compute_susceptibilities(
     Returns
     -------
     xr.DataTree
-        Lazy. ``/susceptibilities``: ``sus (sus_flat, wr)``, float64, in nats², with coordinates
-        ``dataset_id``, ``batch``, ``target_position`` (from 1) along ``sus_flat``.
-        ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``, ``position`` (from
-        0). Attribute ``dataset_id_to_name`` of both names the observables, sorted.
+        Lazy, but for token ids in memory. ``/susceptibilities``: ``sus (sus_flat, wr)``, float64,
+        in nats², with coordinates ``dataset_id``, ``batch``, ``target_position`` (from 1) along
+        ``sus_flat``. ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``,
+        ``position`` (from 0). Attribute ``dataset_id_to_name`` of both names the observables,
+        sorted.
 
     Raises
     ------
@@ -119,9 +121,10 @@ def compute_susceptibilities(
     below_task = made_from(losses[FULL], task, places, full, _below_task)
     responses = [made_from(losses[name], task, places, full, _response) for name in restrictions]
     ids = {obs_id: _common_ids(stores, obs_id) for obs_id in probes}
+    unchecked = {obs_id: flat for obs_id, flat in ids.items() if isinstance(flat, Delayed)}
     blocks: dict[tuple[int, ...], Delayed] = {
         (block, column): delayed(_susceptibility)(
-            response[block], below_task[block], obs_id, ids[obs_id]
+            response[block], below_task[block], obs_id, unchecked.get(obs_id)
         )
         for column, response in enumerate(responses)
         for block, (obs_id, _) in enumerate(places)
@@ -267,7 +270,13 @@ Make = Callable[[dict[str, list[Any]], Task], dict[str, Any]]  # of losses on ob
 
 
 def _at_hand(losses: Mapping[str, Mapping[str, list[Part]]]) -> bool:
-    return all(at_hand(parts) for of_store in losses.values() for parts in of_store.values())
+    """Whether one task may take all losses of a run."""
+    sizes = {
+        name: sum(part.nbytes for parts in of_run.values() for part in parts)
+        for name, of_run in losses.items()
+    }
+    few = max(sizes.values()) <= RUN_BYTES
+    return few and all(at_hand(parts) for of_run in losses.values() for parts in of_run.values())
 
 
 def _at_once(
@@ -290,12 +299,12 @@ def _by_block(
 
 
 def _of_losses(
-    of_task: list[np.ndarray],
+    on_task: list[np.ndarray],
     init_losses: list[Any],
     probes: dict[str, list[np.ndarray]],
     make: Make,
 ) -> dict[str, Any]:
-    return make(probes, made_at_once(_of_task, of_task, init_losses))
+    return make(probes, from_totals(_of_task, on_task, init_losses))
 
 
 def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: list[Any]) -> Task:
@@ -323,7 +332,7 @@ def _susceptibility(
     responses: dict[str, tuple[np.ndarray, float]],
     below_task: dict[str, np.ndarray],
     obs_id: str,
-    checked_ids: np.ndarray,
+    checked_ids: np.ndarray | None,  # not used, but no number is given before they are
 ) -> np.ndarray:
     moved_together, mean_phi = responses[obs_id]
     return (moved_together - mean_phi * below_task[obs_id]).reshape(-1, 1)

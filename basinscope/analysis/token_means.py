@@ -22,7 +22,7 @@ def of_traces(traces: np.ndarray, covariance: bool) -> np.ndarray:
     Parameters
     ----------
     traces : np.ndarray (sequences, token_pos, samples)
-        float32 or float64, contiguous.
+        float32 or float64, contiguous, of at least one sample.
     covariance : bool
         Centre traces only, and scale them by 1/sqrt(n - 1); else to unit length. A trace without
         variance has no correlation: it becomes NaN.

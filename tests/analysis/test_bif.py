@@ -194,6 +194,29 @@ def test_the_result_of_another_store_is_never_continued(
         basinscope.compute_bif(other, output_path=tmp_path / "r.zarr")
 
 
+@pytest.mark.parametrize("rows", ["all", [8, 2, 5, 0], [1, 2, 3]])
+@pytest.mark.parametrize("covariance", [True, False])
+def test_sequences_in_memory_are_averaged_in_groups_as_at_once(
+    covariance: bool, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = random_tree(2, observables={"a": 7, "b": 5})
+    options: dict[str, Any] = {
+        "average_tokenwise_bif": True,
+        "compute_covariance": covariance,
+        "batch_index_range_1": rows,
+    }
+    at_once = basinscope.compute_bif(tree, **options)["influences"].compute()
+    one = 4 * 4 * 24  # bytes of a sequence: tokens, samples
+    monkeypatch.setattr(traces, "GROUP_BYTES", 2 * one)
+    in_groups = basinscope.compute_bif(tree, **options)["influences"].compute()
+    xr.testing.assert_equal(in_groups, at_once)
+    between_tokens = basinscope.compute_bif(
+        tree, compute_covariance=covariance, batch_index_range_1=rows
+    )["influences"]
+    dims = ("target_position", "target_position_T")
+    np.testing.assert_allclose(at_once, between_tokens.mean(dims), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("integer", ["batch_size", "top_k"])
 def test_numpy_integers_are_integers(integer: str, whole: Path, tmp_path: Path) -> None:
     got = basinscope.compute_bif(whole, **{integer: np.int64(2)}, output_path=tmp_path / "numpy")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from basinscope.analysis import stores
-from basinscope.analysis.means import mean_losses, weighted_mean, with_totals
+from basinscope.analysis.means import loss_totals, mean_losses, weighted_mean, with_totals
 
 SHAPES = [(1, 40, 6, 16), (1, 25, 6, 16)]  # chains of different lengths
 EXACT = {"rtol": 1e-14, "atol": 0}
@@ -41,6 +41,31 @@ def test_means_are_those_of_exact_sums(
     joined = np.concatenate([part[0] for part in parts])
     exact = [math.fsum(column.tolist()) for column in joined.reshape(-1, 16).T]
     np.testing.assert_allclose(over_tokens, np.array(exact) / (65 * 6), **EXACT)
+
+
+@pytest.mark.parametrize("slab_bytes", [2**23, 1000])
+def test_a_slab_at_a_time_or_all_at_once_is_the_same(
+    parts: list[np.ndarray], slab_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "SLAB_BYTES", slab_bytes)
+    for part in parts:
+        assert (len([*stores.chunks_of(part)]) > 1) == (slab_bytes == 1000)
+        weights = np.random.default_rng(1).standard_normal(part.shape[1])
+        wide = part[0].astype(np.float64)
+        of_rows, of_tokens = loss_totals(part)
+        np.testing.assert_allclose(of_rows, wide.sum(axis=(1, 2)), **EXACT)
+        np.testing.assert_allclose(of_tokens, wide.sum(axis=(0, 1)), **EXACT)
+        expected = np.einsum("r,rbt->bt", weights, wide) / len(weights)
+        np.testing.assert_allclose(weighted_mean([part], [weights]), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_losses_of_nothing_add_up_to_nothing(axis: int) -> None:
+    shape = [1, 4, 3, 2]
+    shape[axis] = 0
+    of_rows, of_tokens = loss_totals(np.empty(shape, np.float32))
+    np.testing.assert_array_equal(of_rows, np.zeros(shape[1]))
+    np.testing.assert_array_equal(of_tokens, np.zeros(shape[3]))
 
 
 def test_weighted_means_are_those_of_exact_sums(parts: list[np.ndarray]) -> None:

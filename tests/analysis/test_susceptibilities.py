@@ -258,7 +258,7 @@ def test_runs_at_hand_give_what_those_in_blocks_give(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = basinscope.compute_susceptibilities(stores, "task").compute()
-    monkeypatch.setattr(samples, "FILE_BYTES", file_bytes)  # in memory, but not at hand
+    monkeypatch.setattr(samples, "FILE_BYTES", file_bytes)  # of 1: in memory, but not at hand
     monkeypatch.setattr(plan, "SEQUENCES_BYTES", 1)
     runs = dict(TREES)
     for name in in_blocks:
@@ -267,7 +267,7 @@ def test_runs_at_hand_give_what_those_in_blocks_give(
         runs[name] = tree
     got = basinscope.compute_susceptibilities(runs, "task")
     sizes = got["susceptibilities"]["sus"].chunks[0]
-    assert sizes == ((4,) * 6 if "full" in in_blocks else (16, 8) if file_bytes > 1 else sizes)
+    assert sizes == ((16, 8) if file_bytes > 1 and "full" not in in_blocks else (4,) * 6)
     for name in ("susceptibilities", "context"):
         xr.testing.assert_allclose(got[name].compute(), expected[name], rtol=0, atol=1e-12)
 
