@@ -1,4 +1,4 @@
-"""Standardised traces averaged over the tokens of a sequence, compiled: in float64, in the cache.
+"""Standardised traces, and their averages over the tokens of a sequence, compiled: in float64.
 
 A trace is shifted by its first sample before its moments are taken: where losses move by little,
 sums of their squares would lose the digits that matter, and a constant trace is zero exactly.
@@ -14,6 +14,11 @@ import numpy as np
 from basinscope.jit import OPTIONS, SUMMING, jit
 
 INLINED = {"../jit.py": "4e539c54d0d96b13"}  # see kernels/compiled.py
+
+
+def standardise(traces: np.ndarray, covariance: bool) -> None:
+    """Centre (trace, samples) and scale them, in place; as :func:`of_traces` does."""
+    _standardise(traces, covariance)
 
 
 def of_traces(traces: np.ndarray, covariance: bool) -> np.ndarray:
@@ -40,19 +45,26 @@ def of_losses(losses: np.ndarray, covariance: bool) -> np.ndarray:
 
 
 @jit
+def _standardise(traces: Any, covariance: Any) -> None:
+    samples = traces.shape[1]
+    shifted = np.empty(samples)
+    for trace in traces:
+        mean, scale = _shifted_moments(trace, shifted, covariance)
+        for n in range(samples):
+            trace[n] = scale * (shifted[n] - mean)
+
+
+@jit
 def _of_traces(traces: Any, covariance: Any) -> Any:
     sequences, tokens, samples = traces.shape
     means = np.zeros((sequences, samples))
     shifted = np.empty(samples)
     for s in range(sequences):
         for t in range(tokens):
-            _shift(traces[s, t], shifted)
-            total, squares = _moments(shifted)
-            mean = total / samples
-            scale = _scale(squares - total * mean, samples, covariance) / tokens
+            mean, scale = _shifted_moments(traces[s, t], shifted, covariance)
             of_sequence = means[s]
             for n in range(samples):
-                of_sequence[n] += scale * (shifted[n] - mean)
+                of_sequence[n] += scale / tokens * (shifted[n] - mean)
     return means
 
 
@@ -81,6 +93,15 @@ def _scale(squares: Any, samples: Any, covariance: Any) -> Any:
     if covariance:
         return 1 / np.sqrt(samples - 1)
     return 1 / np.sqrt(squares) if squares > 0 else np.nan
+
+
+@numba.njit(**OPTIONS)
+def _shifted_moments(trace: Any, shifted: Any, covariance: Any) -> Any:
+    """Shift a trace by its first sample; give the mean of that, and what scales it."""
+    _shift(trace, shifted)
+    total, squares = _moments(shifted)
+    mean = total / len(trace)
+    return mean, _scale(squares - total * mean, len(trace), covariance)
 
 
 @numba.njit(**OPTIONS)

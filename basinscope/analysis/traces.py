@@ -13,7 +13,6 @@ from basinscope.analysis.stores import Part, Samples, chunks_of, cut, files_of
 from basinscope.io.copy import TemporaryCopy
 
 GROUP_BYTES = 2**21  # of traces, of losses in memory, that are averaged together
-SLAB_BYTES = 2**20  # of float64 traces that are standardised together
 
 
 class InCopy(NamedTuple):
@@ -267,13 +266,9 @@ def standardise(traces: np.ndarray, covariance: bool) -> np.ndarray:
     np.ndarray (..., samples)
         The same array.
     """
-    flat = traces.reshape(-1, traces.shape[-1])
-    for rows, shifted in _shifted(flat):
-        mean, scale = _mean_and_scale(
-            shifted.sum(axis=1), np.vecdot(shifted, shifted), flat.shape[1], covariance
-        )
-        shifted -= mean[:, None]
-        np.multiply(shifted, scale[:, None], out=flat[rows], casting="same_kind")
+    from basinscope.analysis import token_means
+
+    token_means.standardise(traces.reshape(-1, traces.shape[-1]), covariance)
     return traces
 
 
@@ -320,38 +315,3 @@ def _in_memory(pieces: list[Piece]) -> bool:
         isinstance(part, np.ndarray)
         for chains, _, _ in pieces for files in chains for _, part in files
     )  # fmt: skip
-
-
-def _shifted(flat: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Take the first sample off (rows, samples), in float64, and so many rows as fit a cache.
-
-    A constant trace becomes zero exactly, and no digits are lost in sums of squares of others.
-
-    Yields
-    ------
-    rows : slice
-    shifted : np.ndarray (rows, samples)
-        Used again for the next rows.
-    """
-    samples = flat.shape[1]
-    most = max(1, SLAB_BYTES // (8 * samples))
-    slab = np.empty((min(most, len(flat)), samples))
-    for first in range(0, len(flat), most):
-        rows = slice(first, min(first + most, len(flat)))
-        shifted = slab[: rows.stop - first]
-        np.subtract(flat[rows], flat[rows, :1], out=shifted, dtype=np.float64)
-        yield rows, shifted
-
-
-def _mean_and_scale(
-    sums: np.ndarray, squares: np.ndarray, samples: int, covariance: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Give the means of shifted traces, and what makes their products correlations (covariances).
-
-    The scale is NaN where a trace has no variance, and so no correlation.
-    """
-    means = sums / samples
-    if covariance:
-        return means, np.full(sums.shape, 1 / np.sqrt(samples - 1))
-    squares = squares - sums * means
-    return means, 1 / np.sqrt(np.where(squares > 0, squares, np.nan))
