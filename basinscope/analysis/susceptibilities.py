@@ -271,12 +271,11 @@ Make = Callable[[dict[str, list[Any]], Task], dict[str, Any]]  # of losses on ob
 
 def _at_hand(losses: Mapping[str, Mapping[str, list[Part]]]) -> bool:
     """Whether one task may take all losses of a run."""
-    sizes = {
-        name: sum(part.nbytes for parts in of_run.values() for part in parts)
-        for name, of_run in losses.items()
-    }
-    few = max(sizes.values()) <= RUN_BYTES
-    return few and all(at_hand(parts) for of_run in losses.values() for parts in of_run.values())
+    return all(
+        sum(part.nbytes for parts in of_run.values() for part in parts) <= RUN_BYTES
+        and all(map(at_hand, of_run.values()))
+        for of_run in losses.values()
+    )
 
 
 def _at_once(

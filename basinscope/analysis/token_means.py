@@ -62,9 +62,9 @@ def _of_traces(traces: Any, covariance: Any) -> Any:
     for s in range(sequences):
         for t in range(tokens):
             mean, scale = _shifted_moments(traces[s, t], shifted, covariance)
-            of_sequence = means[s]
+            share, of_sequence = scale / tokens, means[s]
             for n in range(samples):
-                of_sequence[n] += scale / tokens * (shifted[n] - mean)
+                of_sequence[n] += share * (shifted[n] - mean)
     return means
 
 
