@@ -1,10 +1,8 @@
-"""How functions are compiled by numba: what may be relaxed, and where the result is kept."""
+"""How functions are compiled by numba: what may be relaxed, and numba's own cache of results."""
 
 from __future__ import annotations
 
 from typing import Any
-
-import numba
 
 # Products may be contracted with sums, and long sums reordered to vectorise; nothing else is
 # relaxed: NaN and infinity keep their meaning, and so do differences that are taken for accuracy.
@@ -23,6 +21,8 @@ def jit_sum(function: Any) -> Any:
 
 
 def _cached(function: Any, options: dict[str, Any]) -> Any:
+    import numba
+
     try:
         return numba.njit(cache=True, **options)(function)
     except RuntimeError:

@@ -13,13 +13,13 @@ import basinscope
 
 PACKAGE = Path(basinscope.__file__).parent
 MAY_IMPORT = {
-    "kernels": {"kernels", "jit"},
+    "kernels": {"kernels", "jit", "native"},
     "io": {"io"},
     "models": {"models"},
     "sampling": {"sampling", "kernels", "io", "models"},
     "attribution": {"attribution", "sampling", "io", "models"},
     "analysis": {"analysis", "io", "jit"},
-    "report": {"report", "analysis", "io", "sampling", "kernels", "models"},
+    "report": {"report", "analysis", "io", "sampling", "kernels", "models", "native"},
 }
 NEVER = {"io": {"torch"}, "analysis": {"torch", "datasets", "transformers"}}
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from basinscope.jit import jit_sum
 
-INLINED = {"../jit.py": "4e539c54d0d96b13"}  # see kernels/compiled.py
+# numba's cache sees changes of this file only; a test compares the digest
+INLINED = {"../jit.py": "80004de0e52810cb"}
 
 TILE = 4096  # sums that are added to together: 32 KiB, in the first-level cache
 

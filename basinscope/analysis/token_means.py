@@ -13,7 +13,8 @@ import numpy as np
 
 from basinscope.jit import OPTIONS, SUMMING, jit
 
-INLINED = {"../jit.py": "4e539c54d0d96b13"}  # see kernels/compiled.py
+# numba's cache sees changes of this file only; a test compares the digest
+INLINED = {"../jit.py": "80004de0e52810cb"}
 
 
 def standardise(traces: np.ndarray, covariance: bool) -> None:

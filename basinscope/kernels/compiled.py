@@ -4,10 +4,6 @@ A block is at most ``BLOCK`` consecutive elements of one tensor, small enough th
 everything read stay in the first-level cache between the short loops below. Tensors come as
 addresses, so one call serves all parameters; work on one block depends on nothing but the block,
 so any split over threads gives the same bits.
-
-Numba's on-disk cache notices changes of the file a function is in, and of no other. What is inlined
-here from another file, and the options, therefore stand below with their digests, which a test
-compares.
 """
 
 from __future__ import annotations
@@ -16,134 +12,143 @@ from typing import Any
 
 import numba
 import numpy as np
-import torch
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, overload
 
-from basinscope.jit import OPTIONS, SUMMING, jit
+from basinscope.jit import OPTIONS, SUMMING
 from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.polynomials import COS, LOG, MINUS_TWO_LN_TWO, SIN, SQRT_HALF_BITS
-
-INLINED = {"polynomials.py": "446885596c2a7d56", "../jit.py": "4e539c54d0d96b13"}
-
-BLOCK = 2048
-N_SUMS = 9
+from basinscope.kernels.sgld_cpu import BLOCK, N_SUMS
 
 # numba has no 16-bit floats: they travel as uint16, with a number that says how to read them
-_STORAGE: dict[torch.dtype, tuple[Any, int | None]] = {
-    torch.float32: (np.float32(0), None),
-    torch.float64: (np.float64(0), None),
-    torch.bfloat16: (np.uint16(0), 0),
-    torch.float16: (np.uint16(0), 1),
+STORAGE: dict[str, tuple[Any, int | None]] = {
+    "float32": (np.float32(0), None),
+    "float64": (np.float64(0), None),
+    "bfloat16": (np.uint16(0), 0),
+    "float16": (np.uint16(0), 1),
 }
-
-
-def storage_of(dtype: torch.dtype) -> tuple[Any, int | None]:
-    """The `storage` and `half` arguments of the kernels for tensors of this dtype."""
-    return _STORAGE[dtype]
-
+INT64, UINT32, UINT8 = np.int64(0), np.uint32(0), np.uint8(0)  # types, as `view` takes them
+FLOAT32, FLOAT64 = np.float32(0), np.float64(0)
 
 _inline = numba.njit(forceinline=True, **OPTIONS)
 
 
-@jit
-def langevin_blocks(
-    first: int,
-    last: int,
-    tensor_of: Any,
-    start_of: Any,
-    bits_of: Any,
-    bits: Any,
-    sizes: Any,
-    streams: Any,
-    weights: Any,
-    gradients: Any,
-    anchors: Any,
-    squares: Any,
-    storage: Any,
-    half: Any,
-    key0: int,
-    key1: int,
-    step: int,
-    chain: int,
-    stochastic: Any,
-    zero_grads: Any,
-    constants: Any,
-    sums: Any,
-) -> None:
-    """Update blocks ``first`` to ``last - 1`` in place.
+def langevin_blocks(dtype: str, *extras: str) -> Any:
+    """Define the update of tensors of a dtype.
 
-    `tensor_of`, `start_of`, `bits_of` (one entry per block) say which elements a block is and
-    where in `bits` its mask is, see ``pointers.Blocks``; `sizes`, `streams` (parameter index) and
-    the four address arrays have one entry per tensor. A zero address means: no gradient (leave the
-    tensor alone), no anchor. `squares` is None without RMSprop. `storage` is a scalar of the stored
-    type, with `half` None; for the 16-bit types it is a uint16 and `half` 0 for bfloat16, 1 for
-    float16. `stochastic` is True where bfloat16 is rounded at random, `zero_grads` where gradients
-    are left as zeros, else None. `constants` has the type of the arithmetic. `sums` (blocks, 9)
-    receives the raw sums of the metrics, or is None.
+    Extras are "squares" (RMSprop), "sums" (raw sums of the metrics), "stochastic" (bfloat16 is
+    rounded at random) and "zero_grads" (gradients are left as zeros).
     """
-    gradient_factor, decay_factor, pull_factor, noise_factor, box, alpha, eps = constants
-    noise = np.zeros(BLOCK, np.float32)
-    zeros = np.zeros(BLOCK, constants.dtype)
-    gain = np.empty(BLOCK, constants.dtype)
-    scratch = np.empty((3, BLOCK), constants.dtype)
-    mask = np.empty(BLOCK, np.uint8)
-    words = np.empty(BLOCK, np.uint32)
-    for block in range(first, last):
-        t = tensor_of[block]
-        if gradients[t] == 0:
-            continue
-        start = start_of[block]
-        count = min(BLOCK, sizes[t] - start)
-        if noise_factor != 0:
-            _normal(noise, (count + 3) // 4, start // 4, streams[t], step, chain, key0, key1)
-        w = read(weights[t], start, count, storage, half, scratch[0])
-        g = read(gradients[t], start, count, storage, half, scratch[1])
-        w0 = zeros[:count]
-        if anchors[t] != 0:
-            w0 = read(anchors[t], start, count, storage, half, scratch[2])
-        if squares is not None:
-            _precondition(view(squares[t], start, count, constants[0]), g, gain, alpha, eps)
-        h = _unless_none(squares, gain)
-        if bits_of[block] >= 0:
-            _unpack(bits[bits_of[block] :], mask)
-            if sums is not None:
-                _measure(w, g, w0, mask, h, noise, decay_factor, pull_factor, sums[block])
-            _move(
-                w, g, w0, mask, h, noise,
-                gradient_factor, decay_factor, pull_factor, noise_factor, box,
-            )  # fmt: skip
-        else:
-            if sums is not None:
-                _measure(w, g, w0, None, h, noise, decay_factor, pull_factor, sums[block])
-            _move(
-                w, g, w0, None, h, noise,
-                gradient_factor, decay_factor, pull_factor, noise_factor, box,
-            )  # fmt: skip
-        if zero_grads is not None:
-            view(gradients[t], start, count, storage)[:] = storage
-        if half is not None:
-            out = view(weights[t], start, count, storage)
-            if stochastic is not None:
-                rounding = chain | ROUNDING << 24
-                _words(words, (count + 3) // 4, start // 4, streams[t], step, rounding, key0, key1)
-                _narrow_at_random(w, words, out)
+    storage, half = STORAGE[dtype]
+    number = FLOAT64 if dtype == "float64" else FLOAT32
+    # None or True, which are compiled apart
+    preconditioned, measured, stochastic, zero_grads = (
+        (extra in extras) or None for extra in ("squares", "sums", "stochastic", "zero_grads")
+    )
+
+    def update(
+        first: Any, last: Any, tensor_of: Any, start_of: Any, bits_of: Any, bits: Any,
+        sizes: Any, streams: Any, weights: Any, gradients: Any, anchors: Any, squares: Any,
+        key0: Any, key1: Any, step: Any, chain: Any, constants: Any, sums: Any, scratch: Any,
+    ) -> None:  # fmt: skip
+        """Update blocks ``first`` to ``last - 1`` in place.
+
+        `tensor_of`, `start_of`, `bits_of` (int64, one entry per block) say which elements a block
+        is and where in `bits` its mask is, see ``pointers.Blocks``; `sizes`, `streams` (parameter
+        index) and the four tables of addresses have one entry per tensor, int64. An address of
+        zero means: no gradient (leave the tensor alone), no anchor. `constants` has the type of the
+        arithmetic; `sums` (block, ``N_SUMS``) is float64; `scratch` has
+        ``SCRATCH`` bytes.
+        """
+        gradient_factor = at(constants, 0, number)
+        decay_factor = at(constants, 1, number)
+        pull_factor = at(constants, 2, number)
+        noise_factor = at(constants, 3, number)
+        box = at(constants, 4, number)
+        alpha = at(constants, 5, number)
+        eps = at(constants, 6, number)
+        zeros = view(scratch, 0, BLOCK, number)
+        gain = view(scratch, BLOCK, BLOCK, number)
+        for_weights = view(scratch, 2 * BLOCK, BLOCK, number)
+        for_gradients = view(scratch, 3 * BLOCK, BLOCK, number)
+        for_anchors = view(scratch, 4 * BLOCK, BLOCK, number)
+        noise = view(scratch, 10 * BLOCK, BLOCK, FLOAT32)
+        words = view(scratch, 11 * BLOCK, BLOCK, UINT32)
+        mask = view(scratch, 48 * BLOCK, BLOCK, UINT8)
+        zeros[:] = 0
+        noise[:] = 0
+        for block in range(first, last):
+            t = at(tensor_of, block, INT64)
+            slopes = at(gradients, t, INT64)
+            if slopes == 0:
+                continue
+            where = at(weights, t, INT64)
+            start = at(start_of, block, INT64)
+            count = min(BLOCK, at(sizes, t, INT64) - start)
+            stream = at(streams, t, INT64)
+            quads, quad = (count + 3) // 4, start // 4
+            if noise_factor != 0:
+                _normal(noise, quads, quad, stream, step, chain, key0, key1)
+            w = read(where, start, count, storage, half, for_weights)
+            g = read(slopes, start, count, storage, half, for_gradients)
+            w0 = zeros[:count]
+            if at(anchors, t, INT64) != 0:
+                w0 = read(at(anchors, t, INT64), start, count, storage, half, for_anchors)
+            if preconditioned is not None:
+                v = view(at(squares, t, INT64), start, count, number)
+                _precondition(v, g, gain, alpha, eps)
+            h = _unless_none(preconditioned, gain)
+            first_bits = at(bits_of, block, INT64)
+            if first_bits >= 0:
+                _unpack(view(bits, first_bits, BLOCK // 8, UINT8), mask)
+                if measured is not None:
+                    raw = view(sums, N_SUMS * block, N_SUMS, FLOAT64)
+                    _measure(w, g, w0, mask, h, noise, decay_factor, pull_factor, raw)
+                _move(
+                    w, g, w0, mask, h, noise,
+                    gradient_factor, decay_factor, pull_factor, noise_factor, box,
+                )  # fmt: skip
             else:
-                narrow(w, out, half)
+                if measured is not None:
+                    raw = view(sums, N_SUMS * block, N_SUMS, FLOAT64)
+                    _measure(w, g, w0, None, h, noise, decay_factor, pull_factor, raw)
+                _move(
+                    w, g, w0, None, h, noise,
+                    gradient_factor, decay_factor, pull_factor, noise_factor, box,
+                )  # fmt: skip
+            if zero_grads is not None:
+                view(slopes, start, count, storage)[:] = storage
+            if half is not None:
+                out = view(where, start, count, storage)
+                if stochastic is not None:
+                    rounding = chain | ROUNDING << 24
+                    _words(words, quads, quad, stream, step, rounding, key0, key1)
+                    _narrow_at_random(w, words, out)
+                else:
+                    narrow(w, out, half)
+
+    return update
 
 
-@jit
-def normal_blocks(
-    first: int, last: int, out: Any, stream: int, step: int, chain: int, key0: int, key1: int
-) -> None:
-    """Fill blocks ``first`` to ``last - 1`` of the float32 array `out` with the normal stream."""
-    noise = np.empty(BLOCK, np.float32)
-    for block in range(first, last):
-        start = block * BLOCK
-        count = min(BLOCK, out.size - start)
-        _normal(noise, (count + 3) // 4, start // 4, stream, step, chain, key0, key1)
-        out[start : start + count] = noise[:count]
+def normal_blocks() -> Any:
+    """Define the normal stream."""
+
+    def fill(
+        first: Any, last: Any, out: Any, size: Any, stream: Any, step: Any, chain: Any,
+        key0: Any, key1: Any, scratch: Any,
+    ) -> None:  # fmt: skip
+        """Fill blocks ``first`` to ``last - 1`` of `size` float32 numbers."""
+        noise = view(scratch, 0, BLOCK, FLOAT32)
+        for block in range(first, last):
+            start = block * BLOCK
+            count = min(BLOCK, size - start)
+            _normal(noise, (count + 3) // 4, start // 4, stream, step, chain, key0, key1)
+            numbers = view(out, start, count, FLOAT32)
+            for i in range(np.uint64(count)):
+                numbers[i] = noise[i]
+
+    return fill
 
 
 @numba.njit(**OPTIONS)
@@ -336,6 +341,12 @@ def _box_muller(x: Any, y: Any) -> Any:
 
 
 @_inline
+def at(address: Any, index: Any, storage: Any) -> Any:
+    """One element of the array at `address`."""
+    return numba.carray(_pointer(address, index, storage), 1)[0]
+
+
+@_inline
 def view(address: Any, start: Any, count: Any, storage: Any) -> Any:
     """The elements from `start` of the array at `address`, as an array without a copy."""
     return numba.carray(_pointer(address, start, storage), count)
@@ -369,15 +380,20 @@ def _unless_none_by_type(condition: Any, value: Any) -> Any:
     return lambda condition, value: value
 
 
-@numba.njit(**OPTIONS)
+@_inline
 def _widened(bits: Any, half: Any, out: Any) -> Any:
+    _widen(bits, half, out)
+    return out[: bits.size]
+
+
+@numba.njit(**OPTIONS)
+def _widen(bits: Any, half: Any, out: Any) -> None:
     if half == 0:
         for i in range(np.uint64(bits.size)):
             out[i] = float_of(np.int32(np.int32(bits[i]) << np.int32(16)))
     else:
         for i in range(np.uint64(bits.size)):
             out[i] = _from_float16(bits[i])
-    return out[: bits.size]
 
 
 @numba.njit(**OPTIONS)

@@ -11,10 +11,18 @@ from typing import Any
 import numba
 import numpy as np
 
-from basinscope.jit import OPTIONS, SUMMING, jit
-from basinscope.kernels.compiled import bits_of, float_of, narrow, read, view
-
-INLINED = {"compiled.py": "dcf8556ccd69b586", "../jit.py": "4e539c54d0d96b13"}  # see there
+from basinscope.jit import OPTIONS, SUMMING
+from basinscope.kernels.compiled import (
+    FLOAT32,
+    INT64,
+    STORAGE,
+    at,
+    bits_of,
+    float_of,
+    narrow,
+    read,
+    view,
+)
 
 _CHUNK = 4096  # summed in float32; the chunks' sums are added in float64
 _LOG2_E = 1.4426950408889634
@@ -33,51 +41,69 @@ EXP = (
 )
 
 
-@jit
-def token_losses(
-    first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
-    storage: Any, half: Any, targets: Any, loss: Any, level: Any,
-) -> None:  # fmt: skip
-    """Losses and levels of rows ``first`` to ``last - 1`` of logits (A, inner, V).
+def token_losses(dtype: str) -> Any:
+    """Define the losses of logits of a dtype."""
+    storage, half = STORAGE[dtype]
 
-    A level is a row's maximum and the logarithm of the sum of exponentials above it.
-    """
-    scratch = np.empty(vocabulary, np.float32)
-    for row in range(first, last):
-        start = row // inner * strides[0] + row % inner * strides[1]
-        x = read(logits, start, vocabulary, storage, half, scratch)
-        top = _maximum(x)
-        total = 0.0
-        for c in range(0, vocabulary, _CHUNK):
-            total += _sum_of_exponentials(x[c : c + _CHUNK], top)
-        log_total = np.float32(np.log(total))
-        loss[row] = log_total - (x[targets[row]] - top)
-        level[0, row] = top
-        level[1, row] = log_total
+    def losses(
+        first: Any, last: Any, logits: Any, outer_stride: Any, inner_stride: Any, inner: Any,
+        vocabulary: Any, targets: Any, loss: Any, level: Any, rows: Any, scratch: Any,
+    ) -> None:  # fmt: skip
+        """Losses and levels of rows ``first`` to ``last - 1`` of logits (A, inner, V).
+
+        A level, of (2, rows), is a row's maximum and the logarithm of the sum of exponentials
+        above it. `scratch` has room for a row in float32.
+        """
+        tops, totals = view(level, 0, rows, FLOAT32), view(level, rows, rows, FLOAT32)
+        widened = view(scratch, 0, vocabulary, FLOAT32)
+        for row in range(first, last):
+            start = row // inner * outer_stride + row % inner * inner_stride
+            x = read(logits, start, vocabulary, storage, half, widened)
+            top = _maximum(x)
+            total = 0.0
+            for c in range(0, vocabulary, _CHUNK):
+                total += _sum_of_exponentials(x[c : c + _CHUNK], top)
+            log_total = np.float32(np.log(total))
+            result = view(loss, row, 1, FLOAT32)
+            result[0] = log_total - (x[at(targets, row, INT64)] - top)
+            tops[row] = top
+            totals[row] = log_total
+
+    return losses
 
 
-@jit
-def token_gradients(
-    first: int, last: int, logits: int, strides: Any, inner: int, vocabulary: int,
-    storage: Any, half: Any, targets: Any, level: Any, upstream: Any,
-    gradient: int, gradient_strides: Any,
-) -> None:  # fmt: skip
-    """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``; may replace the logits."""
-    scratch = np.empty(vocabulary, np.float32)
-    for row in range(first, last):
-        a, b = row // inner, row % inner
-        x = read(logits, a * strides[0] + b * strides[1], vocabulary, storage, half, scratch)
-        start = a * gradient_strides[0] + b * gradient_strides[1]
-        out = view(gradient, start, vocabulary, storage)
-        if half is None:
-            if x.ctypes.data != out.ctypes.data:
-                out[:] = x
-            _to_scaled_exponentials(out, level[0, row], level[1, row], upstream[row])
-            out[targets[row]] -= upstream[row]
-        else:
-            _to_scaled_exponentials(x, level[0, row], level[1, row], upstream[row])
-            x[targets[row]] -= upstream[row]
-            narrow(x, out, half)
+def token_gradients(dtype: str) -> Any:
+    """Define the gradient with respect to logits of a dtype."""
+    storage, half = STORAGE[dtype]
+
+    def gradients(
+        first: Any, last: Any, logits: Any, outer_stride: Any, inner_stride: Any, inner: Any,
+        vocabulary: Any, targets: Any, level: Any, rows: Any, upstream: Any,
+        gradient: Any, outer_stride_out: Any, inner_stride_out: Any, scratch: Any,
+    ) -> None:  # fmt: skip
+        """(softmax - one hot) * upstream for rows ``first`` to ``last - 1``; may replace logits."""
+        widened = view(scratch, 0, vocabulary, FLOAT32)
+        for row in range(first, last):
+            a, b = row // inner, row % inner
+            start = a * outer_stride + b * inner_stride
+            start_out = a * outer_stride_out + b * inner_stride_out
+            x = read(logits, start, vocabulary, storage, half, widened)
+            out = view(gradient, start_out, vocabulary, storage)
+            top, log_total = at(level, row, FLOAT32), at(level, rows + row, FLOAT32)
+            factor = at(upstream, row, FLOAT32)
+            target = at(targets, row, INT64)
+            if half is None:
+                if logits != gradient or start != start_out:
+                    for i in range(np.uint64(vocabulary)):
+                        out[i] = x[i]
+                _to_scaled_exponentials(out, top, log_total, factor)
+                out[target] -= factor
+            else:
+                _to_scaled_exponentials(x, top, log_total, factor)
+                x[target] -= factor
+                narrow(x, out, half)
+
+    return gradients
 
 
 @numba.njit(**OPTIONS)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from basinscope.kernels import compiled_losses
-from basinscope.kernels.compiled import storage_of
+from basinscope.kernels.pointers import name_of
 from basinscope.kernels.threads import for_blocks, worthwhile
+from basinscope.native import address, function
 
 _COST = 0.3  # nanoseconds per logit on one thread
 
@@ -20,7 +18,7 @@ def forward(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     rows = _in_range(rows)
     loss = torch.empty(targets.shape, dtype=torch.float32)
     level = torch.empty((2, len(loss)), dtype=torch.float32)
-    _for_rows(compiled_losses.token_losses, rows, targets, loss.numpy(), level.numpy())
+    _for_rows("token_losses", rows, targets, loss.data_ptr(), level.data_ptr(), len(loss))
     return loss, level
 
 
@@ -29,30 +27,32 @@ def backward(rows: Tensor, targets: Tensor, level: Tensor, upstream: Tensor, out
     used = _in_range(rows)
     direct = out.dtype == used.dtype
     gradient = out if direct else torch.empty_like(used)
+    level, upstream = level.contiguous(), upstream.contiguous()
     _for_rows(
-        compiled_losses.token_gradients,
+        "token_gradients",
         used,
         targets,
-        level.contiguous().numpy(),
-        upstream.numpy(),
+        level.data_ptr(),
+        len(targets),
+        upstream.data_ptr(),
         gradient.data_ptr(),
-        np.array(gradient.stride(), dtype=np.int64),
+        *gradient.stride()[:2],
     )
     if not direct:
         out.copy_(gradient)
 
 
-def _for_rows(kernel: Any, rows: Tensor, targets: Tensor, *results: Any) -> None:
-    strides = np.array(rows.stride(), dtype=np.int64)
+def _for_rows(kernel: str, rows: Tensor, targets: Tensor, *results: int) -> None:
+    compiled = function("basinscope.kernels.compiled_losses", kernel, name_of(rows.dtype))
     _, inner, vocabulary = rows.shape
-    arguments = (rows.data_ptr(), strides, inner, vocabulary, *storage_of(rows.dtype))
-    ids = targets.numpy()
-
-    threads = worthwhile(_COST * rows.numel(), torch.get_num_threads())
+    arguments = (rows.data_ptr(), *rows.stride()[:2], inner, vocabulary, targets.data_ptr())
+    needed = 0 if rows.dtype == torch.float32 else vocabulary
 
     def work(first: int, last: int) -> None:
-        kernel(first, last, *arguments, ids, *results)
+        scratch = np.empty(needed, np.float32)
+        compiled(first, last, *arguments, *results, address(scratch))
 
+    threads = worthwhile(_COST * rows.numel(), torch.get_num_threads())
     for_blocks(work, targets.numel(), threads)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 ALL = -1
@@ -39,6 +40,11 @@ class Blocks:
 def addresses(tensors: Sequence[Tensor | None]) -> npt.NDArray[np.int64]:
     """The tensors' data addresses as int64, zero for None."""
     return np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.int64)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Name a dtype as the compiled kernels do: "float32", "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def cut(

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basinscope.kernels import compiled
 from basinscope.kernels.noise import key_of
-from basinscope.kernels.pointers import addresses, cut
+from basinscope.kernels.pointers import addresses, cut, name_of
 from basinscope.kernels.threads import for_blocks, worthwhile
+from basinscope.native import address, function
 
 if TYPE_CHECKING:
     from basinscope.kernels.sgld import Factors, Group
 
+BLOCK = 2048  # elements
+N_SUMS = 9
+SCRATCH = 49 * BLOCK  # bytes: five rows of the arithmetic, noise, random words, a mask
 _COST = 0.65  # nanoseconds per parameter on one thread
 
 
@@ -28,12 +31,11 @@ class CompiledPass:
         dtype = group.weights[0].dtype
         sizes = [w.numel() for w in group.weights]
         every = metrics or group.zero_grads
-        self._blocks = cut(sizes, group.masks, compiled.BLOCK, keep_empty=every)
+        self._blocks = cut(sizes, group.masks, BLOCK, keep_empty=every)
         self._sizes = np.array(sizes, dtype=np.int64)
         self._streams = np.array(group.streams, dtype=np.int64)
         self._anchors = addresses(group.anchors or [None] * len(sizes))
-        self._squares = None if group.squares is None else addresses(group.squares)
-        self._storage, self._half = compiled.storage_of(dtype)
+        self._squares = addresses(group.squares or [None] * len(sizes))
         self._constants = np.array(
             [
                 factors.gradient,
@@ -47,41 +49,39 @@ class CompiledPass:
             dtype=np.float64 if dtype == torch.float64 else np.float32,
         )
         self._metrics = metrics
-        # None or True, which numba compiles apart
-        self._zero_grads = group.zero_grads or None
-        self._stochastic = (factors.stochastic and dtype == torch.bfloat16) or None
+        extras = {
+            "squares": group.squares is not None,
+            "sums": metrics,
+            "stochastic": factors.stochastic and dtype == torch.bfloat16,
+            "zero_grads": group.zero_grads,
+        }
+        kind = (name_of(dtype), *(extra for extra, wanted in extras.items() if wanted))
+        self._update = function("basinscope.kernels.compiled", "langevin_blocks", *kind)
 
     def __call__(
         self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
         blocks = self._blocks
-        sums = np.zeros((len(blocks), compiled.N_SUMS)) if self._metrics else None
-        arguments = (
-            blocks.tensor_of,
-            blocks.start_of,
-            blocks.bits_of,
-            blocks.bits,
-            self._sizes,
-            self._streams,
-            addresses(self._group.weights),
-            addresses(gradients),
-            self._anchors,
-            self._squares,
-            self._storage,
-            self._half,
+        sums = np.zeros((len(blocks) if self._metrics else 0, N_SUMS))
+        weights, slopes = addresses(self._group.weights), addresses(gradients)
+        tables = (
+            *(blocks.tensor_of, blocks.start_of, blocks.bits_of, blocks.bits),
+            *(self._sizes, self._streams, weights, slopes, self._anchors, self._squares),
+        )
+        numbers = (
+            *(address(table) for table in tables),
             *key_of(seed),
             int(step),
             chain,
-            self._stochastic,
-            self._zero_grads,
-            self._constants,
-            sums,
+            address(self._constants),
+            address(sums),
         )
 
-        threads = worthwhile(_COST * compiled.BLOCK * len(blocks), torch.get_num_threads())
+        threads = worthwhile(_COST * BLOCK * len(blocks), torch.get_num_threads())
 
         def work(first: int, last: int) -> None:
-            compiled.langevin_blocks(first, last, *arguments)
+            scratch = np.empty(SCRATCH, np.uint8)
+            self._update(first, last, *numbers, address(scratch))
 
         for_blocks(work, len(blocks), threads)
-        return None if sums is None else torch.from_numpy(sums.sum(axis=0))
+        return torch.from_numpy(sums.sum(axis=0)) if self._metrics else None

@@ -30,9 +30,11 @@ def report(console: Console) -> None:
         return
     console.print(_devices())
     from basinscope.kernels.linear import uses_onednn
+    from basinscope.native import kept_in
 
     layers = "oneDNN (torch's own choice leaves AVX-512 unused)" if uses_onednn() else "torch"
     console.print(f"\nfloat32 linear layers on the CPU: {layers}")
+    console.print(f"compiled CPU kernels are kept in {kept_in() or 'memory'}", soft_wrap=True)
     console.print(
         f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads "
         "(OMP_NUM_THREADS or torch.set_num_threads change that)"

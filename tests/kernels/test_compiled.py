@@ -14,12 +14,11 @@ import torch
 
 from basinscope.analysis import sums, token_means
 from basinscope.jit import jit
-from basinscope.kernels import compiled, compiled_losses
+from basinscope.kernels import compiled
+from basinscope.kernels.pointers import name_of
 
 
-@pytest.mark.parametrize(
-    "module", [compiled, compiled_losses, sums, token_means], ids=lambda m: m.__name__
-)
+@pytest.mark.parametrize("module", [sums, token_means], ids=lambda m: m.__name__)
 def test_what_is_inlined_from_other_files_carries_their_digest(module: ModuleType) -> None:
     """Numba's cache sees a change of the file itself only, so the file must change too."""
     assert module.__file__
@@ -53,7 +52,7 @@ def test_all_16_bit_values_survive_a_round_trip(dtype: torch.dtype) -> None:
     """Widening is exact and narrowing its inverse, infinities and subnormal numbers included."""
     stored = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     bits = stored.view(torch.int16).numpy().view(np.uint16)
-    _, half = compiled.storage_of(dtype)
+    _, half = compiled.STORAGE[name_of(dtype)]
     wide = compiled._widened(bits, half, np.empty(bits.size, np.float32))
     np.testing.assert_array_equal(wide, stored.float().numpy())
     back = np.empty_like(bits)
@@ -70,5 +69,5 @@ def test_narrowing_rounds_as_torch_does(dtype: torch.dtype) -> None:
     ties = stored.float() + (torch.nextafter(stored, stored * 2).float() - stored.float()) / 2
     values = torch.cat([values, ties[ties.isfinite()]])
     out = np.empty(values.numel(), np.uint16)
-    compiled.narrow(values.numpy(), out, compiled.storage_of(dtype)[1])
+    compiled.narrow(values.numpy(), out, compiled.STORAGE[name_of(dtype)][1])
     assert torch.equal(torch.from_numpy(out.view(np.int16)).view(dtype), values.to(dtype))

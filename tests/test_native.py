@@ -1,0 +1,134 @@
+"""Compiled functions as files: made once, loaded without the compiler, never trusted blindly."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from basinscope import native
+
+MODULE = """
+import numba
+from basinscope.kernels.compiled import FLOAT64, view
+
+def scaled(word):
+    factor = {"double": 2.0, "triple": 3.0}[word]
+
+    def scale(count, values):
+        x = view(values, 0, count, FLOAT64)
+        for i in range(count):
+            x[i] *= factor
+
+    return scale
+"""
+CALL = """
+import json, sys
+import numpy as np
+from basinscope import native
+
+values = np.arange(5.0)
+native.function("made_up", "scaled", sys.argv[1])(4, native.address(values))
+print(json.dumps([values.tolist(), sorted({"numba", "llvmlite"} & set(sys.modules))]))
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "made_up.py").write_text(MODULE)
+    return tmp_path
+
+
+def call(home: Path, word: str, **environment: str) -> tuple[list[float], list[str]]:
+    """Call the function in a process of its own: its result, and which compilers that loaded."""
+    settings = {"XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(home / "source")}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, word],
+        env={**os.environ, **settings, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    values, loaded = json.loads(done.stdout)
+    return values, loaded
+
+
+def files(home: Path) -> list[str]:
+    return sorted(f.name for f in (home / "cache").rglob("*") if f.is_file())
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_a_later_process_loads_the_library_and_no_compiler(home: Path) -> None:
+    doubled = [0.0, 2.0, 4.0, 6.0, 4.0]
+    assert call(home, "double") == (doubled, ["llvmlite", "numba"])
+    assert files(home) == ["made_up.scaled-double.so"]
+    assert call(home, "double") == (doubled, [])
+    assert call(home, "triple")[0] == [0.0, 3.0, 6.0, 9.0, 4.0]
+
+
+def test_without_a_c_compiler_llvm_loads_the_code(home: Path) -> None:
+    empty = str(home / "source")
+    first = call(home, "double", PATH=empty)
+    assert files(home) == ["made_up.scaled-double.o"]
+    assert call(home, "double", PATH=empty) == (first[0], ["llvmlite"])
+    assert first[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
+
+
+def test_a_changed_source_is_compiled_anew(home: Path) -> None:
+    call(home, "double")
+    source = home / "source" / "made_up.py"
+    source.write_text(MODULE.replace('"double": 2.0', '"double": 20.0'))
+    assert call(home, "double")[0] == [0.0, 20.0, 40.0, 60.0, 4.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"no code"])
+@pytest.mark.parametrize("compiler", [True, False], ids=["library", "object code"])
+def test_a_damaged_file_is_made_anew(compiler: bool, content: bytes, home: Path) -> None:
+    path = {} if compiler else {"PATH": str(home / "source")}
+    call(home, "double", **path)
+    (file,) = (file for file in (home / "cache").rglob("*") if file.is_file())
+    file.write_bytes(content)
+    assert call(home, "double", **path)[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
+    assert file.stat().st_size > 100
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(home: Path) -> None:
+    (home / "cache").write_text("a file where the directory would be")
+    assert call(home, "double")[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ("compiled", "normal_blocks"),
+        ("compiled", "langevin_blocks", "float32"),
+        ("compiled", "langevin_blocks", "float64", "squares", "sums"),
+        ("compiled", "langevin_blocks", "float16", "squares", "zero_grads"),
+        ("compiled", "langevin_blocks", "bfloat16", "squares", "sums", "stochastic", "zero_grads"),
+        ("compiled_losses", "token_losses", "bfloat16"),
+        ("compiled_losses", "token_gradients", "float16"),
+    ],
+    ids="-".join,
+)
+def test_the_kernels_need_nothing_of_python(kind: tuple[str, ...]) -> None:
+    """Else they could not be linked; and LLVM, loading them instead, would end the process."""
+    module, factory, *words = kind
+    native.function(f"basinscope.kernels.{module}", factory, *words)
+    kept = native.kept_in()
+    assert kept is not None
+    directory = kept / native._digest(f"basinscope.kernels.{module}")
+    assert (directory / f"{'-'.join((f'{module}.{factory}', *words))}.so").exists()
+
+
+def test_an_address_is_that_of_the_first_element() -> None:
+    values = np.arange(10.0)
+    assert native.address(values[3:]) == native.address(values) + 24
