@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 
 import basinscope
@@ -33,6 +32,7 @@ from basinscope.io.stored import StoredArray, open_stored
 
 if TYPE_CHECKING:
     import dask.array as da
+    import xarray as xr
 
 PENDING, RUNNING, DONE, FAILED = "pending", "running", "done", "failed"
 SCALED = {"scale_factor", "add_offset"}  # encodings under which values are not what is stored
@@ -101,6 +101,8 @@ def read_store(path: Path) -> xr.DataTree:
 
 def read_tree(path: Path) -> xr.DataTree:
     """Open a Zarr group, its arrays as Dask arrays that read what is needed of a chunk's file."""
+    import xarray as xr  # with Dask 25 MiB that are not needed while a store is written
+
     with _explained(path):
         tree = xr.open_datatree(path, engine="zarr", consolidated=False)
     dataset = tree.dataset
@@ -126,6 +128,8 @@ def _numbered(dataset: xr.Dataset, records: int) -> xr.Dataset:
 
 def read_root(path: Path) -> xr.Dataset:
     """Open the arrays of a store, and not its chains' groups; reads their metadata only."""
+    import xarray as xr
+
     with _explained(path):
         return xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None)
 
@@ -141,7 +145,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _dask_array(stored: StoredArray) -> da.Array:
-    import dask.array as da  # 17 MiB that are not needed while a store is written
+    import dask.array as da
 
     return da.from_array(
         stored, chunks=stored.file_shape, name=f"{Path(stored.path).name}-{uuid.uuid4().hex}",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import shutil
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +71,7 @@ class BackgroundWriter:
         self._waiting = 0
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self._loop = asyncio.new_event_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="basinscope-writer", daemon=True)
         self._thread.start()
@@ -129,6 +132,16 @@ class BackgroundWriter:
         self._thread.join()
 
     def _work(self) -> None:
+        # zarr's own loop and threads are for many readers: encoding in each of those would leave
+        # each with memory of its own
+        self._loop.set_default_executor(ThreadPoolExecutor(1, "basinscope-encoder"))
+        try:
+            self._take_jobs()
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    def _take_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
             waiting, work, otherwise = job
             try:
@@ -146,7 +159,7 @@ class BackgroundWriter:
     def _write(self, name: str, region: Any, values: Values, chain: int | None) -> None:
         ready = np.asarray(values)
         start = time.perf_counter()
-        self.arrays[name][region] = ready
+        self._loop.run_until_complete(self.arrays[name].async_array.setitem(region, ready))
         for file in written_files(self.path / name, self.arrays[name], region):
             settle(file)
         self.write_seconds[chain] += time.perf_counter() - start
@@ -154,6 +167,9 @@ class BackgroundWriter:
 
 class RowBuffer:
     """Collects the rows of one array and one chain, and hands over a file's worth at a time.
+
+    Rows are copied side by side as they come. Kept where they were made, they would lie between
+    what each step makes and lets go, which could then not be used again whole.
 
     Parameters
     ----------
@@ -163,9 +179,10 @@ class RowBuffer:
     chain : int
     first_row : int
         Row that the next :meth:`append` is.
-    stack : callable
-        Turns a list of rows into one array (row, ...); runs once per file, so that rows may stay
-        where they were made until then.
+    room : callable
+        Makes room for so many rows like a given one: ``(row, count)`` to an array (count, ...).
+    ready : callable
+        Turns collected rows, an array (row, ...), into what is written.
     """
 
     def __init__(
@@ -174,35 +191,42 @@ class RowBuffer:
         name: str,
         chain: int,
         first_row: int,
-        stack: Callable[[list[Any]], Values],
+        *,
+        room: Callable[[Any, int], Any],
+        ready: Callable[[Any], Values],
     ) -> None:
         array = writer.arrays[name]
-        self.writer, self.name, self.chain, self.stack = writer, name, chain, stack
+        self.writer, self.name, self.chain, self.room, self.ready = writer, name, chain, room, ready
         self.rows_per_file = (array.shards or array.chunks)[1]
-        self.start = first_row
-        self.rows: list[Any] = []
+        self.last_row = array.shape[1]
+        self.start, self.count = first_row, 0
+        self.rows: Any = None
 
     @property
     def next_fills(self) -> bool:
         """Whether the next row completes a file, which is then handed over."""
-        return (self.start + len(self.rows) + 1) % self.rows_per_file == 0
+        return (self.start + self.count + 1) % self.rows_per_file == 0
 
     def append(self, row: Any) -> None:
         """Take one row; hands over when a file is full."""
         full = self.next_fills
-        self.rows.append(row)
+        if self.rows is None:
+            end_of_file = self.start - self.start % self.rows_per_file + self.rows_per_file
+            self.rows = self.room(row, min(end_of_file, self.last_row) - self.start)
+        self.rows[self.count] = row
+        self.count += 1
         if full:
             self.flush()
 
     def drop_from(self, row: int) -> None:
         """Forget a row that was not handed over yet, and those after it."""
-        del self.rows[max(0, row - self.start) :]
+        self.count = min(self.count, max(0, row - self.start))
 
     def flush(self) -> None:
         """Hand over what has been collected, a full file or not."""
-        if not self.rows:
+        if not self.count:
             return
-        end = self.start + len(self.rows)
+        end = self.start + self.count
         region = (self.chain, slice(self.start, end))
-        self.writer.put(self.name, region, self.stack(self.rows), self.chain)
-        self.start, self.rows = end, []
+        self.writer.put(self.name, region, self.ready(self.rows[: self.count]), self.chain)
+        self.start, self.count, self.rows = end, 0, None

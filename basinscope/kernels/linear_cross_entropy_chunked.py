@@ -15,7 +15,7 @@ from basinscope.kernels.linear_cross_entropy import Gradients, Head, Kept
 
 STRETCH_BYTES = {"cpu": 2**27, "cuda": 2**29}
 """Most bytes of logits at a time (beyond the least tokens that a product needs to be fast)."""
-_FEW = 2**24  # bytes of logits that are never worth splitting
+_FEW = 2**20  # bytes of logits that are never worth splitting: a core's cache holds them
 _LEAST, _MOST = 64, 1024  # tokens: the weight's gradient is read and written once per stretch
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from basinscope.io import store as chain_state
 from basinscope.io.checkpoint import read_checkpoint, remove_checkpoints, write_checkpoint
 from basinscope.io.codecs import round_losses
+from basinscope.io.memory import give_back
 from basinscope.io.schema import METRICS
 from basinscope.io.store import SampleStore, now
 from basinscope.io.writer import BackgroundWriter, RowBuffer
@@ -33,6 +34,7 @@ from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonF
 from basinscope.sampling.interrupt import SiblingFailedError, StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.layers import quicken_linears
+from basinscope.sampling.observables import even_size
 from basinscope.sampling.phases import PhaseClock, StepProfiler
 from basinscope.sampling.prefix import PrefixCache, prefix_cache
 from basinscope.sampling.replay import Replayed, own_stream
@@ -96,6 +98,7 @@ def run_chains(
                 return
             runner.run(chain)
 
+    give_back()  # what loading and the losses at the checkpoint took
     try:
         others = [working_copy(job) for _ in range(min(at_once, len(chains)) - 1)]
         with _threads(max(1, torch.get_num_threads() // at_once)) as threads:
@@ -106,6 +109,7 @@ def run_chains(
         writer.drain()
     finally:
         writer.close()
+        give_back()
 
 
 @contextmanager
@@ -362,20 +366,20 @@ class ChainRunner:
 
     def _gradient(self, input_ids: Tensor, places: np.ndarray | None) -> Tensor:
         """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
-        size = self.job.config.batch_size
-        batches = input_ids.split(size)
+        count = len(input_ids)
+        size = even_size(count, self.job.sequences_per_gradient)
         losses = []
-        for number, batch in enumerate(batches):
+        for start in range(0, count, size):
+            part = slice(start, start + size)
             with ExitStack() as at_entry:  # backward too: checkpointed layers run again there
                 with self.clock("forward"):
                     if self.prefix is not None and places is not None:
-                        rows = places[number * size : (number + 1) * size]
-                        at_entry.enter_context(self.prefix.sampling(self.model, rows))
-                    loss = self.job.loss(self.model, batch).float()
+                        at_entry.enter_context(self.prefix.sampling(self.model, places[part]))
+                    loss = self.job.loss(self.model, input_ids[part]).float()
                 with self.clock("backward"):
-                    (loss.mean() / len(batches)).backward()
+                    (loss.mean() * (len(loss) / count)).backward()
             losses.append(loss.detach())
-        return torch.stack(losses)
+        return torch.cat(losses).unflatten(0, (-1, self.job.config.batch_size))
 
     @torch.no_grad()  # a cache that a model makes in inference mode could not be used in a step
     def _observe(self) -> dict[str, Tensor]:
@@ -483,15 +487,21 @@ class ChainRunner:
                 if name == "sampling_rows":
                     continue
                 row = draws if dims[1] == "draw" else first
-                buffers[name] = RowBuffer(self.writer, name, chain, row, self._stacker(name))
+                buffers[name] = RowBuffer(
+                    self.writer, name, chain, row, room=_room, ready=self._ready(name)
+                )
         return buffers
 
-    def _stacker(self, name: str) -> Callable[[list[Tensor]], Arriving]:
+    def _ready(self, name: str) -> Callable[[Tensor], Arriving]:
         """What turns rows of an array into what is stored."""
         keep_bits = self.job.config.loss_keep_bits
         if keep_bits is not None and "loss" in name:
-            return lambda rows: _Rounded(torch.stack(rows), keep_bits)
-        return lambda rows: Arriving(torch.stack(rows))
+            return partial(_Rounded, keep_bits=keep_bits)
+        return Arriving
+
+
+def _room(row: Tensor, count: int) -> Tensor:
+    return row.new_empty((count, *row.shape))
 
 
 def _loss_of(obs_id: str) -> str:

@@ -36,6 +36,7 @@ LOGITS_TOKENS = {"cpu": 2048, "cuda": 2**14}
 # on a CPU a small model's forward takes more, for it costs more than its arithmetic
 SMALL_WORK = 2**28  # tokens times weights, up to which more tokens pay
 SMALL_TOKENS = 8192
+GRADIENT_TOKENS = 512  # tokens whose activations a CPU keeps for a gradient: more are no faster
 
 LossFn = Callable[[nn.Module, Tensor], Tensor]
 ParamMasks = Mapping[str, Tensor | None]
@@ -105,6 +106,17 @@ class SamplingJob:
             weights = sum(parameter.numel() for parameter in self.model.parameters())
             most = max(most, min(SMALL_TOKENS, SMALL_WORK // weights))
         return max(self.config.batch_size, most // self.sequence_length)
+
+    @property
+    def sequences_per_gradient(self) -> int:
+        """Sequences whose activations are kept at once, of a batch whose gradient is taken.
+
+        A caller's loss sees whole batches, and so does dropout, whose stream depends on them.
+        """
+        size = self.config.batch_size
+        if self.device.type != "cpu" or self.loss_fn is not None or self.config.train_mode:
+            return size
+        return min(size, max(1, GRADIENT_TOKENS // self.sequence_length))
 
     def evaluator(self, around: Around | None = None) -> ObservableEvaluator:
         """What evaluates the observables; see there for `around`."""

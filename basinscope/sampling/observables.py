@@ -162,7 +162,7 @@ class ObservableEvaluator:
         unique = everything.reshape(-1, unit, tokens)[kept].reshape(-1, tokens)
         ids = torch.from_numpy(unique).to(device)
         self.batches = list(
-            ids.split(_even_split(len(ids), per_forward) if per_forward else batch_size)
+            ids.split(even_size(len(ids), per_forward) if per_forward else batch_size)
         )
         rows = (positions[:, None] * unit + np.arange(unit)).reshape(-1)
         start = 0
@@ -192,7 +192,7 @@ def _first_occurrences(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first[order], rank[inverse.reshape(-1)]
 
 
-def _even_split(count: int, most: int) -> int:
-    """Size of groups of at most ``most`` that share ``count`` evenly."""
+def even_size(count: int, most: int) -> int:
+    """Give the size of groups of at most ``most`` that share ``count`` evenly."""
     groups = -(-count // most)
     return -(-count // groups)

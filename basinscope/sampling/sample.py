@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-import xarray as xr
 from torch import Tensor, nn
 
 from basinscope.io.codecs import rounding_error
@@ -43,6 +42,7 @@ from basinscope.sampling.progress import show_progress
 from basinscope.sampling.workers import run_in_workers
 
 if TYPE_CHECKING:
+    import xarray as xr
     from datasets import Dataset
 
 logger = logging.getLogger("basinscope")

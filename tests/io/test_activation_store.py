@@ -592,7 +592,7 @@ def test_a_failed_write_surfaces_at_once_and_the_store_is_continued(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(zarr.Array, "__setitem__", full)
+        patched.setattr(zarr.AsyncArray, "setitem", full)
         with pytest.raises(StoreWriteError, match=r"No space left.*whole chunks are kept"):
             append_slowly(made, 180)
         assert made.examples_done < 180, "the error came late"
@@ -618,7 +618,7 @@ def test_a_write_that_fails_last_does_not_complete_the_store(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(zarr.Array, "__setitem__", full)
+        patched.setattr(zarr.AsyncArray, "setitem", full)
         with pytest.raises(StoreWriteError, match="No space left"):
             made.finish()
     with pytest.raises(ValueError, match="was closed"):

@@ -195,7 +195,7 @@ def test_row_buffer_hands_over_whole_files_from_any_first_row(
     last = max(first + 1, last)
     puts: list[slice] = []
     spy = Spy(store.arrays, puts)
-    buffer = RowBuffer(spy, name, 1, first, np.stack)  # type: ignore[arg-type]
+    buffer = RowBuffer(spy, name, 1, first, room=room, ready=np.asarray)  # type: ignore[arg-type]
     for row in range(first, last):
         buffer.append(np.full(WIDTH, row, np.float32))
     buffer.flush()
@@ -217,12 +217,16 @@ def test_rows_written_in_two_sittings_are_all_there(name: str, cut: int, store: 
     rows = np.random.default_rng(cut).normal(size=(ROWS, WIDTH)).astype(np.float32)
     for part in (range(cut + 1 if cut < ROWS - 1 else cut), range(cut, ROWS)):
         writer = store.writer()  # the second one overwrites what the first wrote past the cut
-        buffer = RowBuffer(writer, name, 0, part.start, np.stack)
+        buffer = RowBuffer(writer, name, 0, part.start, room=room, ready=np.asarray)
         for row in part:
             buffer.append(rows[row] if row < cut or part.start else rows[row] + 1)
         buffer.flush()
         writer.drain()
     np.testing.assert_array_equal(store.read(name)[0], rows)
+
+
+def room(row: np.ndarray, count: int) -> np.ndarray:
+    return np.empty((count, *row.shape), row.dtype)
 
 
 class Store:
@@ -252,23 +256,23 @@ class Store:
         return self.writers[-1]
 
     def failing_writer(self) -> BackgroundWriter:
-        def fail(self: zarr.Array, region: Any, values: Any) -> None:
+        async def fail(self: Any, region: Any, values: Any) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        self.monkeypatch.setattr(zarr.Array, "__setitem__", fail)
+        self.monkeypatch.setattr(zarr.AsyncArray, "setitem", fail)
         return self.writer()
 
     def close_gate(self, then_fail: bool = False) -> threading.Event:
         """Hold every write until the returned event is set."""
-        gate, write = threading.Event(), zarr.Array.__setitem__
+        gate, write = threading.Event(), zarr.AsyncArray.setitem
 
-        def wait(array: zarr.Array, region: Any, values: Any) -> None:
+        async def wait(array: Any, region: Any, values: Any) -> None:
             assert gate.wait(timeout=10)
             if then_fail:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            write(array, region, values)
+            await write(array, region, values)
 
-        self.monkeypatch.setattr(zarr.Array, "__setitem__", wait)
+        self.monkeypatch.setattr(zarr.AsyncArray, "setitem", wait)
         self.gate = gate
         return gate
 

@@ -219,16 +219,16 @@ def test_checkpoints_that_a_kill_left_behind_go_when_the_store_is_complete(
 def test_the_record_never_claims_what_is_not_on_disk(
     checkpoint_every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = zarr.Array.__setitem__
+    write = zarr.AsyncArray.setitem
 
-    def slow_then_full(array: zarr.Array, region: Any, values: Any) -> None:
+    async def slow_then_full(array: Any, region: Any, values: Any) -> None:
         if array.path == "loss_first":
             time.sleep(0.05)  # the chain is far ahead of its writes
             if region[0] == 1 and region[1].stop > 5:
                 raise OSError("no space")
-        write(array, region, values)
+        await write(array, region, values)
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", slow_then_full)
+    monkeypatch.setattr(zarr.AsyncArray, "setitem", slow_then_full)
     with pytest.raises(StoreWriteError, match="no space"):
         run(tmp_path / "s.zarr", checkpoint_every=checkpoint_every)
     monkeypatch.undo()

@@ -437,15 +437,15 @@ def test_a_failed_chain_is_not_sampled_again(tmp_path: Path) -> None:
 def test_a_write_error_stops_the_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = zarr.Array.__setitem__
+    write = zarr.AsyncArray.setitem
     fail = {"on": True}
 
-    def full_disk(array: zarr.Array, region: Any, values: Any) -> None:
+    async def full_disk(array: Any, region: Any, values: Any) -> None:
         if fail["on"] and array.path == "sampling_loss_micro":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(array, region, values)
+        await write(array, region, values)
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", full_disk)
+    monkeypatch.setattr(zarr.AsyncArray, "setitem", full_disk)
     steps: list[int] = []
 
     def loss_fn(model: nn.Module, ids: Tensor) -> Tensor:
