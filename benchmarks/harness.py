@@ -110,8 +110,14 @@ def record(results: Path, name: str, settings: dict[str, Any], figures: dict[str
 
 
 def machine() -> dict[str, Any]:
-    """Describe the hardware."""
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
+    """Describe the hardware; processors of one name differ by family and model."""
+    described = {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
+    info = Path("/proc/cpuinfo")
+    for row in info.read_text().splitlines() if info.exists() else []:
+        key, _, value = row.partition(":")
+        if key.strip() in ("cpu family", "model"):
+            described.setdefault(key.strip().replace(" ", "_"), int(value))
+    return described
 
 
 def versions() -> dict[str, str]:

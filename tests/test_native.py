@@ -34,7 +34,9 @@ import numpy as np
 from basinscope import native
 
 values = np.arange(5.0)
-native.function("made_up", "scaled", sys.argv[1])(4, native.address(values))
+functions = [native.function("made_up", "scaled", word) for word in sys.argv[1].split()]
+for function in functions:
+    function(4, native.address(values))
 print(json.dumps([values.tolist(), sorted({"numba", "llvmlite"} & set(sys.modules))]))
 """
 
@@ -80,6 +82,7 @@ def test_without_a_c_compiler_llvm_loads_the_code(home: Path) -> None:
     assert files(home) == ["made_up.scaled-double.o"]
     assert call(home, "double", PATH=empty) == (first[0], ["llvmlite"])
     assert first[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
+    assert call(home, "double triple", PATH=empty)[0] == [0.0, 6.0, 12.0, 18.0, 4.0]
 
 
 def test_a_changed_source_is_compiled_anew(home: Path) -> None:

@@ -58,8 +58,7 @@ def langevin_blocks(dtype: str, *extras: str) -> Any:
         is and where in `bits` its mask is, see ``pointers.Blocks``; `sizes`, `streams` (parameter
         index) and the four tables of addresses have one entry per tensor, int64. An address of
         zero means: no gradient (leave the tensor alone), no anchor. `constants` has the type of the
-        arithmetic; `sums` (block, ``N_SUMS``) is float64; `scratch` has
-        ``SCRATCH`` bytes.
+        arithmetic; `sums` (block, ``N_SUMS``) is float64; `scratch` has ``SCRATCH`` bytes.
         """
         gradient_factor = at(constants, 0, number)
         decay_factor = at(constants, 1, number)
@@ -68,6 +67,7 @@ def langevin_blocks(dtype: str, *extras: str) -> Any:
         box = at(constants, 4, number)
         alpha = at(constants, 5, number)
         eps = at(constants, 6, number)
+        # five rows of up to 8 bytes, two of 4, one of 1
         zeros = view(scratch, 0, BLOCK, number)
         gain = view(scratch, BLOCK, BLOCK, number)
         for_weights = view(scratch, 2 * BLOCK, BLOCK, number)
