@@ -48,9 +48,9 @@ def langevin_blocks(dtype: str, *extras: str) -> Any:
     )
 
     def update(
-        first: Any, last: Any, tensor_of: Any, start_of: Any, bits_of: Any, bits: Any,
-        sizes: Any, streams: Any, weights: Any, gradients: Any, anchors: Any, squares: Any,
-        key0: Any, key1: Any, step: Any, chain: Any, constants: Any, sums: Any, scratch: Any,
+        first: Any, last: Any, tensor_of: Any, start_of: Any, bits_of: Any, bits: Any, sizes: Any,
+        streams: Any, anchors: Any, squares: Any, constants: Any, weights: Any, gradients: Any,
+        sums: Any, key0: Any, key1: Any, step: Any, chain: Any, scratch: Any,
     ) -> None:  # fmt: skip
         """Update blocks ``first`` to ``last - 1`` in place.
 

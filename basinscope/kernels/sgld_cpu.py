@@ -48,6 +48,14 @@ class CompiledPass:
             ],
             dtype=np.float64 if dtype == torch.float64 else np.float32,
         )
+        blocks = self._blocks
+        self._fixed = [
+            address(table)
+            for table in (
+                *(blocks.tensor_of, blocks.start_of, blocks.bits_of, blocks.bits, self._sizes),
+                *(self._streams, self._anchors, self._squares, self._constants),
+            )
+        ]
         self._metrics = metrics
         extras = {
             "squares": group.squares is not None,
@@ -61,27 +69,17 @@ class CompiledPass:
     def __call__(
         self, gradients: Sequence[Tensor | None], seed: int, chain: int, step: int | Tensor
     ) -> Tensor | None:
-        blocks = self._blocks
-        sums = np.zeros((len(blocks) if self._metrics else 0, N_SUMS))
+        count = len(self._blocks)
+        sums = np.zeros((count if self._metrics else 0, N_SUMS))
         weights, slopes = addresses(self._group.weights), addresses(gradients)
-        tables = (
-            *(blocks.tensor_of, blocks.start_of, blocks.bits_of, blocks.bits),
-            *(self._sizes, self._streams, weights, slopes, self._anchors, self._squares),
-        )
-        numbers = (
-            *(address(table) for table in tables),
-            *key_of(seed),
-            int(step),
-            chain,
-            address(self._constants),
-            address(sums),
-        )
+        changing = (address(weights), address(slopes), address(sums))
+        numbers = (*self._fixed, *changing, *key_of(seed), int(step), chain)
 
-        threads = worthwhile(_COST * BLOCK * len(blocks), torch.get_num_threads())
+        threads = worthwhile(_COST * BLOCK * count, torch.get_num_threads())
 
         def work(first: int, last: int) -> None:
             scratch = np.empty(SCRATCH, np.uint8)
             self._update(first, last, *numbers, address(scratch))
 
-        for_blocks(work, len(blocks), threads)
+        for_blocks(work, count, threads)
         return torch.from_numpy(sums.sum(axis=0)) if self._metrics else None
