@@ -99,24 +99,14 @@ def langevin_blocks(dtype: str, *extras: str) -> Any:
                 v = view(at(squares, t, INT64), start, count, number)
                 _precondition(v, g, gain, alpha, eps)
             h = _unless_none(preconditioned, gain)
+            raw = _unless_none(measured, view(sums, N_SUMS * block, N_SUMS, FLOAT64))
+            factors = (gradient_factor, decay_factor, pull_factor, noise_factor, box)
             first_bits = at(bits_of, block, INT64)
             if first_bits >= 0:
                 _unpack(view(bits, first_bits, BLOCK // 8, UINT8), mask)
-                if measured is not None:
-                    raw = view(sums, N_SUMS * block, N_SUMS, FLOAT64)
-                    _measure(w, g, w0, mask, h, noise, decay_factor, pull_factor, raw)
-                _move(
-                    w, g, w0, mask, h, noise,
-                    gradient_factor, decay_factor, pull_factor, noise_factor, box,
-                )  # fmt: skip
+                _measure_and_move(w, g, w0, mask, h, noise, factors, raw)
             else:
-                if measured is not None:
-                    raw = view(sums, N_SUMS * block, N_SUMS, FLOAT64)
-                    _measure(w, g, w0, None, h, noise, decay_factor, pull_factor, raw)
-                _move(
-                    w, g, w0, None, h, noise,
-                    gradient_factor, decay_factor, pull_factor, noise_factor, box,
-                )  # fmt: skip
+                _measure_and_move(w, g, w0, None, h, noise, factors, raw)
             if zero_grads is not None:
                 view(slopes, start, count, storage)[:] = storage
             if half is not None:
@@ -149,6 +139,19 @@ def normal_blocks() -> Any:
                 numbers[i] = noise[i]
 
     return fill
+
+
+@_inline
+def _measure_and_move(
+    w: Any, g: Any, w0: Any, mask: Any, gain: Any, noise: Any, factors: Any, sums: Any
+) -> None:
+    gradient_factor, decay_factor, pull_factor, noise_factor, box = factors
+    if sums is not None:
+        _measure(w, g, w0, mask, gain, noise, decay_factor, pull_factor, sums)
+    _move(
+        w, g, w0, mask, gain, noise,
+        gradient_factor, decay_factor, pull_factor, noise_factor, box,
+    )  # fmt: skip
 
 
 @numba.njit(**OPTIONS)

@@ -10,12 +10,11 @@ import pytest
 import torch
 import xarray as xr
 
-import basinscope
 from basinscope.sampling import job
-from tests.conftest import token_rows
 from tests.models_small import tiny_model
+from tests.sampling import test_at_once
 
-TOKENS = 9
+TOKENS = 9  # of a sequence, in what is run
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rmsprop": {"sampling_method": "rmsprop_sgld", "save_metrics": True},
@@ -28,23 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(path: Path, model: torch.nn.Module, **changes: Any) -> xr.DataTree:
     if changes.pop("masks", False):
         changes["param_masks"] = {n: None for n, _ in model.named_parameters() if "layers.1." in n}
-    return basinscope.sample(
-        model,
-        token_rows(48, TOKENS, seed=1),
-        {"first": token_rows(30, TOKENS, seed=2)},
-        **{
-            "lr": 1e-2,
-            "n_beta": 10.0,
-            "noise_level": 0.0,
-            "num_chains": 1,
-            "num_draws": 8,
-            "batch_size": 6,
-            **changes,
-        },
-        output_path=path,
-        progress=False,
-        device="cpu",
-    )
+    quiet = {"lr": 1e-2, "noise_level": 0.0, "num_chains": 1, "num_draws": 8, "batch_size": 6}
+    return test_at_once.run(path, model, **{**quiet, **changes})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
