@@ -19,7 +19,9 @@ from torch.overrides import has_torch_function
 LEAST = 2**24  # multiplications that gain more than a call from Python costs
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, room: Tensor | None = None
+) -> Tensor:
     """Give x W^T + b, as ``torch.nn.functional.linear`` does.
 
     Parameters
@@ -30,6 +32,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         Shape (V, D), of any strides.
     bias
         Shape (V,), or None.
+    room
+        Memory of shape (N, V) that the result of an x of shape (N, D) may use, where no gradients
+        are recorded. Torch's own products take it; oneDNN's cannot.
 
     Returns
     -------
@@ -39,7 +44,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ``torch.compile`` and forward-mode differentiation too.
     """
     if x.numel() * weight.shape[0] < LEAST or not _fits(x, weight, bias):
-        return functional.linear(x, weight, bias)
+        if room is None:
+            return functional.linear(x, weight, bias)
+        if bias is None:
+            return torch.mm(x, weight.t(), out=room)
+        return torch.addmm(bias, x, weight.t(), out=room)
     rows = x.reshape(-1, x.shape[-1])
     make = _Linear.apply if torch.is_grad_enabled() else _product
     made: Tensor = make(rows, weight, bias)

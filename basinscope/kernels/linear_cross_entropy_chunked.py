@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from basinscope.kernels.linear import linear
 from basinscope.kernels.linear_cross_entropy import Gradients, Head, Kept
 
 STRETCH_BYTES = {"cpu": 2**27, "cuda": 2**29}
@@ -39,6 +40,7 @@ class ChunkedKernels:
             if totals is not None:
                 self._to_slope(logits, targets[part], level[:, part], share[part], head)
                 totals.add(part, hidden, logits)
+            del logits
         return loss, Kept(level, None if totals is None else totals.gradients())
 
     def backward(
@@ -61,6 +63,7 @@ class ChunkedKernels:
         for part, hidden, logits in _stretches(rows, head):
             self._to_slope(logits, targets[part], kept.level[:, part], upstream[part], head)
             totals.add(part, hidden, logits)
+            del logits
         return _rounded(totals.gradients(), rows.dtype)
 
     def _to_slope(
@@ -124,20 +127,17 @@ def _stretches(rows: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor
     weight = head.weight.to(dtype)
     bias = None if head.bias is None else head.bias.to(dtype)
     length = _length(len(rows), weight)
-    logits = torch.empty((length, len(weight)), dtype=dtype, device=rows.device)
+    room = torch.empty((length, len(weight)), dtype=dtype, device=rows.device)
     for start in range(0, len(rows), max(1, length)):
         part = slice(start, min(start + length, len(rows)))
         hidden = rows[part].to(dtype)
-        z = logits[: len(hidden)]
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=z)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=z)
+        z = linear(hidden, weight, bias, room=room[: len(hidden)])
         if head.scale != 1:
             z.mul_(head.scale)
         if head.softcap is not None:
             z.div_(head.softcap).tanh_().mul_(head.softcap)
         yield part, hidden, z
+        del z  # before the next ones are made, which may not be in the same memory
 
 
 def _length(tokens: int, weight: Tensor) -> int:

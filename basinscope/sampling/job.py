@@ -31,8 +31,8 @@ from basinscope.sampling.observables import (
 PROBE_TOKENS = 16  # of one sequence, with which a model is tried out
 
 # tokens that one forward without gradients takes: what fills the device, less where logits count
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 2**16}
-LOGITS_TOKENS = {"cpu": 2048, "cuda": 2**14}
+FORWARD_TOKENS = {"cpu": 1024, "cuda": 2**16}
+LOGITS_TOKENS = {"cpu": 1024, "cuda": 2**14}
 # on a CPU a small model's forward takes more, for it costs more than its arithmetic
 SMALL_WORK = 2**28  # tokens times weights, up to which more tokens pay
 SMALL_TOKENS = 8192

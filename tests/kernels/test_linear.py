@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from basinscope.kernels import linear as module
 from basinscope.kernels.linear import linear, uses_onednn
+from basinscope.kernels.linear_cross_entropy import linear_token_cross_entropy
 
 pytestmark = [
     pytest.mark.skipif(
@@ -79,6 +80,36 @@ def test_only_gradients_that_are_wanted_are_made(taken: list[tuple[int, ...]]) -
     with torch.no_grad():
         assert not linear(x, weight, bias).requires_grad
     assert taken == [(32, 12)]
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_room_for_the_result(
+    dtype: torch.dtype, biased: bool, taken: list[tuple[int, ...]]
+) -> None:
+    x, weight, bias = (t.detach() for t in layer((32,), 16, 12, dtype))
+    given = (x, weight, bias) if biased else (x, weight)
+    room = torch.full((32, 12), torch.nan, dtype=dtype)
+    made = linear(*given, room=room)
+    torch.testing.assert_close(made, functional.linear(*given), rtol=1e-5, atol=1e-5)
+    by_torch = dtype == torch.float64
+    assert taken == ([] if by_torch else [(32, 12)])
+    assert (made.data_ptr() == room.data_ptr()) == by_torch
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no bias"])
+def test_a_linear_head_takes_its_logits_from_it(biased: bool, taken: list[tuple[int, ...]]) -> None:
+    given = layer((40,), 16, 70)[: 3 if biased else 2]
+    targets = torch.arange(40)
+    bias = given[2] if biased else None
+    losses = linear_token_cross_entropy(given[0], given[1], targets, bias=bias, path="cpu")
+    assert taken == [(40, 70)]
+    wide = [t.detach().double().requires_grad_() for t in given]
+    right = functional.cross_entropy(functional.linear(*wide), targets, reduction="none")
+    torch.testing.assert_close(losses.double(), right, rtol=1e-5, atol=1e-5)
+    found = torch.autograd.grad(losses.mean(), given)
+    for ours, exact in zip(found, torch.autograd.grad(right.mean(), wide), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("taken")
