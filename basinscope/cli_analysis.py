@@ -124,7 +124,10 @@ def bif(
     ] = None,
     query: Annotated[
         list[str] | None,
-        typer.Option(help="A query token as SEQUENCE:POSITION (from 1); may be given again."),
+        typer.Option(
+            help="A query token as SEQUENCE:POSITION, sequences counted from 0 and positions "
+            "from 1; may be given again."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,
