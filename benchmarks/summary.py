@@ -77,7 +77,8 @@ def _settings(record: dict[str, Any]) -> str:
 
 def _machine(record: dict[str, Any]) -> str:
     host = record["machine"]
-    return str(record.get("gpu") or f"{host['cpu']} ({host['cores']} cores)")
+    family = f" of family {host['cpu_family']}" if "cpu_family" in host else ""
+    return str(record.get("gpu") or f"{host['cpu']}{family} ({host['cores']} cores)")
 
 
 def _ratio(record: dict[str, Any]) -> str:
