@@ -69,6 +69,15 @@ def address(array: np.ndarray) -> int:
     return int(array.__array_interface__["data"][0])
 
 
+def processor() -> dict[str, str]:
+    """Give what Linux says of one of the processors, in its words; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in lines)}
+
+
 def kept_in() -> Path | None:
     """Give the directory of the machine code, in the user's cache; None without a home."""
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -112,11 +121,9 @@ def _digest(module: str) -> str:
 
 def _processor() -> str:
     """Name the instructions that this machine has: a home directory may serve several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    named = processor()
+    if not named:
         return f"{platform.machine()} {platform.processor()}"
-    named = {line.partition(":")[0].strip(): line for line in lines}
     return " ".join(named.get(key, "") for key in ("model name", "flags", "Features", "isa"))
 
 

@@ -22,6 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from basinscope import native
 from basinscope.report.doctor import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -112,12 +113,9 @@ def record(results: Path, name: str, settings: dict[str, Any], figures: dict[str
 def machine() -> dict[str, Any]:
     """Describe the hardware; processors of one name differ by family and model."""
     described = {"cpu": cpu_name(), "cores": os.cpu_count(), "system": platform.system()}
-    info = Path("/proc/cpuinfo")
-    for row in info.read_text().splitlines() if info.exists() else []:
-        key, _, value = row.partition(":")
-        if key.strip() in ("cpu family", "model"):
-            described.setdefault(key.strip().replace(" ", "_"), int(value))
-    return described
+    said = native.processor()
+    numbers = {"cpu_family": "cpu family", "model": "model"}
+    return described | {name: int(said[key]) for name, key in numbers.items() if key in said}
 
 
 def versions() -> dict[str, str]:

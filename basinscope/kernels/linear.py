@@ -1,8 +1,9 @@
 """A linear layer in float32 on a CPU, by the faster of two libraries that torch brings.
 
 Torch gives float32 products to MKL, and 16-bit ones to oneDNN. On AMD's processors MKL leaves
-AVX-512 unused, oneDNN does not, and takes about half the time. It adds up a row in one go, where
-MKL adds up parts first, so its rounding errors are about twice as large.
+AVX-512 unused, oneDNN does not, and takes about half the time where AVX-512 is wider than AVX2. It
+adds up a row in one go, where MKL adds up parts first, so its rounding errors are about twice as
+large.
 """
 
 from __future__ import annotations

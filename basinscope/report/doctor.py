@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from basinscope.native import kept_in, processor
 from basinscope.report.console import install_hint
 
 PACKAGES = (
@@ -30,7 +30,6 @@ def report(console: Console) -> None:
         return
     console.print(_devices())
     from basinscope.kernels.linear import uses_onednn
-    from basinscope.native import kept_in
 
     layers = "oneDNN (torch's own choice leaves AVX-512 unused)" if uses_onednn() else "torch"
     console.print(f"\nfloat32 linear layers on the CPU: {layers}")
@@ -56,10 +55,7 @@ def _versions() -> Table:
 
 def cpu_name() -> str:
     """Name of the processor as its maker calls it, where the system says so."""
-    info = Path("/proc/cpuinfo")
-    rows = info.read_text().splitlines() if info.exists() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor().get("model name") or platform.processor() or platform.machine()
 
 
 def _devices() -> Table:

@@ -20,6 +20,7 @@ from basinscope.models.structure import used_parameters
 from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
 from basinscope.sampling.identity import describe_loss, describe_masks, describe_model, digest_of
+from basinscope.sampling.layers import TOKENS
 from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import (
     Around,
@@ -31,8 +32,8 @@ from basinscope.sampling.observables import (
 PROBE_TOKENS = 16  # of one sequence, with which a model is tried out
 
 # tokens that one forward without gradients takes: what fills the device, less where logits count
-FORWARD_TOKENS = {"cpu": 1024, "cuda": 2**16}
-LOGITS_TOKENS = {"cpu": 1024, "cuda": 2**14}
+FORWARD_TOKENS = {"cpu": TOKENS, "cuda": 2**16}
+LOGITS_TOKENS = {"cpu": TOKENS, "cuda": 2**14}
 # on a CPU a small model's forward takes more, for it costs more than its arithmetic
 SMALL_WORK = 2**28  # tokens times weights, up to which more tokens pay
 SMALL_TOKENS = 8192

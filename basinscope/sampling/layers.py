@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from basinscope.kernels import linear as kernel
 
-TOKENS = 1024  # of a usual forward pass; a layer that is small with so many is left alone
+TOKENS = 1024  # of a usual forward pass on a CPU; a layer that is small then is left alone
 
 
 @contextmanager
