@@ -22,7 +22,13 @@ from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOK
 from basinscope.io.memory import free_memory
 from basinscope.models.canonical import LinearMap, weight_of
 from basinscope.models.components import Components, neurons
-from basinscope.models.forward import evaluating, max_sequence_length, to_device, vocabulary_size
+from basinscope.models.forward import (
+    evaluating,
+    max_sequence_length,
+    to_device,
+    uncompiled,
+    vocabulary_size,
+)
 from basinscope.models.head import NoLinearHeadError, output_embeddings
 from basinscope.models.positions import plain
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
@@ -142,6 +148,7 @@ def harvest_attributions(
             "importance must be a function (activations, input_ids) -> importances by layer, or "
             f"None; got {type(importance).__name__}"
         )
+    model = uncompiled(model)
     batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
     with _prepared(model, device):
         embedding, unembedding, head = _ends(model)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from basinscope.models.forward import uncompiled
 from basinscope.models.structure import (
     BY_HAND,
     Seen,
@@ -79,6 +80,7 @@ def canonical_maps(model: nn.Module) -> dict[str, LinearMap]:
     UnknownStructureError
         If the model has no one list of layers, cannot be run, or if nothing in it has a name.
     """
+    model = uncompiled(model)
     try:
         layers, attention = layer_modules(model), attention_modules(model)
         probes = probe(model, [[name] for name in layers])
@@ -108,7 +110,7 @@ def weight_of(model: nn.Module, linear: LinearMap) -> Tensor:
     Tensor (d_out, d_in)
         Without a gradient; a view where the rows are all of a module's.
     """
-    module: Any = model.get_submodule(linear.module)
+    module: Any = uncompiled(model).get_submodule(linear.module)
     weight: Tensor = module.weight.detach()
     weight = weight.T if linear.transposed else weight
     return weight if linear.rows is None else weight[torch.from_numpy(linear.rows)]

@@ -57,8 +57,19 @@ def inside_bridge(model: nn.Module) -> nn.Module:
     It is a Hugging Face model with the bridge's hooks in place of its modules; names of its
     parameters and modules are good for the bridge too. Any other model is given back.
     """
+    model = uncompiled(model)
     inside = vars(model).get("original_model")
     return inside if isinstance(inside, nn.Module) and is_transformer_lens(model) else model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Give the module that ``torch.compile`` wrapped; its parameters have other names there.
+
+    Any other model is given back. One that was compiled in place (``model.compile()``) is itself,
+    and a copy of it is not compiled.
+    """
+    inside = vars(model).get("_modules", {}).get("_orig_mod")
+    return model if inside is None else inside
 
 
 def is_transformer_lens(model: nn.Module) -> bool:
@@ -144,12 +155,21 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode inside the block, and every module as it was after it."""
+    """Have a model in evaluation mode inside the block, and every module as it was after it.
+
+    Modules that were compiled in place run as they are written meanwhile: compiled ones are
+    compiled anew for every hook.
+    """
     training = [module for module in model.modules() if module.training]
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl}
     if training:
         model.eval()
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in compiled.items():
+            module._compiled_call_impl = call

@@ -9,6 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor, nn
 
+from basinscope.models.forward import uncompiled
 from basinscope.models.restrictions import create_param_masks
 from basinscope.models.structure import used_parameters
 
@@ -36,6 +37,7 @@ def preview_weight_restriction(
     ValueError
         If a mask names no parameter of the model, or does not have its shape.
     """
+    model = uncompiled(model)
     if not isinstance(masks, Mapping):
         masks = create_param_masks(model, masks)
     rows = [(name, *_counts(model, name, mask)) for name, mask in masks.items()]

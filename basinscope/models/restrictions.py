@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from basinscope.models.forward import first_name
+from basinscope.models.forward import first_name, uncompiled
 from basinscope.models.structure import (
     Layer,
     ModelStructure,
@@ -118,6 +118,7 @@ _structures: WeakKeyDictionary[nn.Module, tuple[object, ModelStructure]] = WeakK
 
 
 def _masks_of(model: nn.Module, restriction: str, empty_is_fine: bool = False) -> ParamMasks:
+    model = uncompiled(model)
     if restriction.strip() in dict(model.named_parameters()):
         return {restriction.strip(): None}
     wanted = _plain(restriction)

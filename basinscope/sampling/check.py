@@ -25,6 +25,7 @@ from basinscope.models.forward import (
     to_device,
     token_logits,
     trained_length,
+    uncompiled,
     vocabulary_size,
 )
 from basinscope.models.head import LinearHead, NoLinearHeadError, find_linear_head
@@ -115,6 +116,7 @@ def check_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = uncompiled(model)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2:
         raise ValueError(
             f"batch_size must be a whole number of at least 2, so that a sequence has company; got "

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.io.schema import ArraySpec, sampling_arrays
-from basinscope.models.forward import first_name, max_sequence_length, vocabulary_size
+from basinscope.models.forward import (
+    first_name,
+    max_sequence_length,
+    uncompiled,
+    vocabulary_size,
+)
 from basinscope.models.head import LinearHead
 from basinscope.models.structure import used_parameters
 from basinscope.sampling.config import SamplerConfig
@@ -208,6 +213,7 @@ def prepare_job(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = uncompiled(model)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(
             "loss_fn must be a function (model, input_ids) -> (batch, token - 1) losses, or None; "
