@@ -1,29 +1,41 @@
-"""How functions are compiled by numba: what may be relaxed, and numba's own cache of results."""
+"""What functions compiled by numba share: what may be relaxed, and arrays at an address."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
 
 # Products may be contracted with sums, and long sums reordered to vectorise; nothing else is
 # relaxed: NaN and infinity keep their meaning, and so do differences that are taken for accuracy.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 SUMMING: dict[str, Any] = {**OPTIONS, "fastmath": {"contract", "reassoc", "nsz"}}
 
-
-def jit(function: Any) -> Any:
-    """Compile with an on-disk cache, or without one where no directory can hold it."""
-    return _cached(function, OPTIONS)
+INT64, UINT32, UINT8 = np.int64(0), np.uint32(0), np.uint8(0)  # types, as `view` takes them
+FLOAT32, FLOAT64 = np.float32(0), np.float64(0)
 
 
-def jit_sum(function: Any) -> Any:
-    """Compile as :func:`jit` does, where sums may be taken in any order."""
-    return _cached(function, SUMMING)
+@numba.njit(forceinline=True, **OPTIONS)
+def at(address: Any, index: Any, storage: Any) -> Any:
+    """One element of the array at `address`."""
+    return numba.carray(_pointer(address, index, storage), 1)[0]
 
 
-def _cached(function: Any, options: dict[str, Any]) -> Any:
-    import numba
+@numba.njit(forceinline=True, **OPTIONS)
+def view(address: Any, start: Any, count: Any, storage: Any) -> Any:
+    """The elements from `start` of the array at `address`, as an array without a copy."""
+    return numba.carray(_pointer(address, start, storage), count)
 
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any, start: Any, storage: Any) -> Any:
+    """Address and element offset to a typed pointer."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(storage)))
+        return builder.gep(pointer, [args[1]])
+
+    return types.CPointer(storage)(types.int64, types.int64, storage), codegen

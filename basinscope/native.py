@@ -32,9 +32,8 @@ from typing import Any
 
 import numpy as np
 
-from basinscope import jit
-
 _ENTRY = "basinscope_entry"  # what the function is called in its object code
+_PYTHONS = ("Py", "_Py", "NRT_", "numba_")  # what symbols of Python's and numba's begin with
 # what numba would call for an array that nobody refers to any more: the arrays here own nothing
 _FREEING = re.compile(r"^declare (void @NRT_MemInfo_call_dtor)\((ptr|i8\*).*$", re.MULTILINE)
 
@@ -113,7 +112,7 @@ def _digest(module: str) -> str:
     assert spec is not None
     assert spec.origin is not None
     made_of = [f"numba {version('numba')} llvmlite {version('llvmlite')} {_processor()}".encode()]
-    ours = [Path(__file__), Path(jit.__file__)]
+    ours = [Path(__file__), Path(__file__).with_name("jit.py")]
     sources = [*ours, *sorted(Path(spec.origin).parent.glob("*.py"))]
     made_of += [source.read_bytes() for source in sources]
     return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
@@ -136,6 +135,8 @@ def _compile(module: str, factory: str, kind: tuple[str, ...]) -> bytes:
     import llvmlite.binding as llvm  # type: ignore[import-untyped]
     import numba
 
+    from basinscope import jit
+
     definition = getattr(importlib.import_module(module), factory)(*kind)
     takes = definition.__code__.co_argcount
     made = numba.cfunc(numba.void(*[numba.int64] * takes), **jit.OPTIONS)(definition)
@@ -150,6 +151,12 @@ def _compile(module: str, factory: str, kind: tuple[str, ...]) -> bytes:
     tuning.loop_vectorization = tuning.slp_vectorization = True
     builder = llvm.create_pass_builder(machine, tuning)
     builder.getModulePassManager().run(code, builder)
+    needed = [f.name for f in code.functions if f.is_declaration and f.name.startswith(_PYTHONS)]
+    if needed:
+        raise TypeError(
+            f"what {module}.{factory} defines cannot be kept: compiled, it calls "
+            f"{', '.join(needed)}. It must not allocate, nor do what may raise an error"
+        )
     return bytes(machine.emit_object(code))
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from basinscope import native
 
 MODULE = """
 import numba
-from basinscope.kernels.compiled import FLOAT64, view
+from basinscope.jit import FLOAT64, view
 
 def scaled(word):
     factor = {"double": 2.0, "triple": 3.0}[word]
@@ -27,6 +28,12 @@ def scaled(word):
             x[i] *= factor
 
     return scale
+
+def reshaped():
+    def double(count, values):
+        view(values, 0, count, FLOAT64).reshape(2, count // 2)[:] *= 2
+
+    return double
 """
 CALL = """
 import json, sys
@@ -108,28 +115,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(home: Path) -> None:
     assert call(home, "double")[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        ("compiled", "normal_blocks"),
-        ("compiled", "langevin_blocks", "float32"),
-        ("compiled", "langevin_blocks", "float64", "squares", "sums"),
-        ("compiled", "langevin_blocks", "float16", "squares", "zero_grads"),
-        ("compiled", "langevin_blocks", "bfloat16", "squares", "sums", "stochastic", "zero_grads"),
-        ("compiled_losses", "token_losses", "bfloat16"),
-        ("compiled_losses", "token_gradients", "float16"),
-    ],
-    ids="-".join,
-)
-def test_the_kernels_need_nothing_of_python(kind: tuple[str, ...]) -> None:
-    """Else they could not be linked; and LLVM, loading them instead, would end the process."""
-    module, factory, *words = kind
-    native.function(f"basinscope.kernels.{module}", factory, *words)
-    kept = native.kept_in()
-    assert kept is not None
-    directory = kept / native._digest(f"basinscope.kernels.{module}")
-    assert (directory / f"{'-'.join((f'{module}.{factory}', *words))}.so").exists()
+def test_a_function_that_needs_python_is_refused(home: Path, monkeypatch: Any) -> None:
+    """It would be linked, and end the process when it is called."""
+    monkeypatch.syspath_prepend(str(home / "source"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    with pytest.raises(TypeError, match=r"made_up\.reshaped.*calls.*numba_attempt_nocopy_reshape"):
+        native.function("made_up", "reshaped")
+    assert files(home) == []
 
 
 def test_an_address_is_that_of_the_first_element() -> None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "sampling": {"sampling", "kernels", "io", "models"},
     "attribution": {"attribution", "sampling", "io", "models"},
-    "analysis": {"analysis", "io", "jit"},
+    "analysis": {"analysis", "io", "jit", "native"},
     "report": {"report", "analysis", "io", "sampling", "kernels", "models", "native"},
 }
 NEVER = {"io": {"torch"}, "analysis": {"torch", "datasets", "transformers"}}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from dask.delayed import delayed
 
+from basinscope.analysis import sums
 from basinscope.analysis.stores import Part, at_hand, chunks_of, streamed
 
 Totals = list[tuple[int, tuple[np.ndarray, np.ndarray]]]  # of a chain: first row, loss_totals
@@ -58,8 +59,6 @@ def loss_totals(part: Part) -> tuple[np.ndarray, np.ndarray]:
     np.ndarray (rows,), np.ndarray (token_pos,)
         float64.
     """
-    from basinscope.analysis import sums  # compiled: numba takes a third of a second to import
-
     of_rows, of_tokens = np.zeros(part.shape[1]), np.zeros(part.shape[3])
     for (_, row, _, token), values in chunks_of(part):
         over_tokens, over_rows = sums.totals(values[0])
@@ -83,8 +82,6 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> 
     np.ndarray (batch, token_pos)
         float64.
     """
-    from basinscope.analysis import sums
-
     total = np.zeros(parts[0].shape[2:])
     for chain, part in enumerate(parts):
         weight = np.ones(part.shape[1]) if weights is None else weights[chain]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from dask.delayed import Delayed, delayed
 
+from basinscope.analysis import token_means
 from basinscope.analysis.plan import Layout
 from basinscope.analysis.stores import Part, Samples, chunks_of, cut, files_of
 from basinscope.io.copy import TemporaryCopy
@@ -266,8 +267,6 @@ def standardise(traces: np.ndarray, covariance: bool) -> np.ndarray:
     np.ndarray (..., samples)
         The same array.
     """
-    from basinscope.analysis import token_means
-
     token_means.standardise(traces.reshape(-1, traces.shape[-1]), covariance)
     return traces
 
@@ -288,8 +287,6 @@ def gather_token_means(
     -------
     np.ndarray (sequences, samples), float64
     """
-    from basinscope.analysis import token_means  # compiled: numba takes its time to import
-
     if mean_over_chains or not _in_memory(pieces):
         traces = gather_traces(pieces, shape, dtype, mean_over_chains, *copied)
         return token_means.of_traces(traces, covariance)

@@ -16,7 +16,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, overload
 
-from basinscope.jit import OPTIONS, SUMMING
+from basinscope.jit import FLOAT32, FLOAT64, INT64, OPTIONS, SUMMING, UINT8, UINT32, at, view
 from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.polynomials import COS, LOG, MINUS_TWO_LN_TWO, SIN, SQRT_HALF_BITS
 from basinscope.kernels.sgld_cpu import BLOCK, N_SUMS
@@ -28,8 +28,6 @@ STORAGE: dict[str, tuple[Any, int | None]] = {
     "bfloat16": (np.uint16(0), 0),
     "float16": (np.uint16(0), 1),
 }
-INT64, UINT32, UINT8 = np.int64(0), np.uint32(0), np.uint8(0)  # types, as `view` takes them
-FLOAT32, FLOAT64 = np.float32(0), np.float64(0)
 
 _inline = numba.njit(forceinline=True, **OPTIONS)
 
@@ -343,18 +341,6 @@ def _box_muller(x: Any, y: Any) -> Any:
     return radius * cosine, radius * sine
 
 
-@_inline
-def at(address: Any, index: Any, storage: Any) -> Any:
-    """One element of the array at `address`."""
-    return numba.carray(_pointer(address, index, storage), 1)[0]
-
-
-@_inline
-def view(address: Any, start: Any, count: Any, storage: Any) -> Any:
-    """The elements from `start` of the array at `address`, as an array without a copy."""
-    return numba.carray(_pointer(address, start, storage), count)
-
-
 def read(address: Any, start: Any, count: Any, storage: Any, half: Any, scratch: Any) -> Any:
     """A view of stored elements, or, for a 16-bit type, their float32 values in the scratch."""
 
@@ -462,17 +448,6 @@ def _to_float16(value: Any) -> Any:
     result = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else result
     result = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else result
     return np.uint16(sign | np.uint16(result))
-
-
-@intrinsic
-def _pointer(typingctx: Any, address: Any, start: Any, storage: Any) -> Any:
-    """Address and element offset to a typed pointer."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], context.get_value_type(types.CPointer(storage)))
-        return builder.gep(pointer, [args[1]])
-
-    return types.CPointer(storage)(types.int64, types.int64, storage), codegen
 
 
 @intrinsic

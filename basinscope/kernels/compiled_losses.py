@@ -11,18 +11,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from basinscope.jit import OPTIONS, SUMMING
-from basinscope.kernels.compiled import (
-    FLOAT32,
-    INT64,
-    STORAGE,
-    at,
-    bits_of,
-    float_of,
-    narrow,
-    read,
-    view,
-)
+from basinscope.jit import FLOAT32, INT64, OPTIONS, SUMMING, at, view
+from basinscope.kernels.compiled import STORAGE, bits_of, float_of, narrow, read
 
 _CHUNK = 4096  # summed in float32; the chunks' sums are added in float64
 _LOG2_E = 1.4426950408889634

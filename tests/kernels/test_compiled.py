@@ -1,50 +1,13 @@
-"""Numba's on-disk cache, and conversions of the 16-bit types."""
+"""Conversions of the 16-bit types, compiled."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import numba
 import numpy as np
 import pytest
 import torch
 
-from basinscope.analysis import sums, token_means
-from basinscope.jit import jit
 from basinscope.kernels import compiled
 from basinscope.kernels.pointers import name_of
-
-
-@pytest.mark.parametrize("module", [sums, token_means], ids=lambda m: m.__name__)
-def test_what_is_inlined_from_other_files_carries_their_digest(module: ModuleType) -> None:
-    """Numba's cache sees a change of the file itself only, so the file must change too."""
-    assert module.__file__
-    for name, digest in module.INLINED.items():
-        current = hashlib.sha256((Path(module.__file__).parent / name).read_bytes()).hexdigest()[
-            :16
-        ]
-        assert digest == current, f'set INLINED["{name}"] to "{current}" in {module.__file__}'
-
-
-def test_the_kernels_work_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba then refuses ``cache=True`` with a RuntimeError."""
-    njit = numba.njit
-
-    def refusing(*args: Any, cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(*args, **options)
-
-    monkeypatch.setattr(numba, "njit", refusing)
-
-    @jit
-    def twice(x: float) -> float:
-        return 2 * x
-
-    assert twice(1.5) == 3.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
