@@ -15,7 +15,6 @@ import argparse
 import warnings
 from pathlib import Path
 
-import numpy as np
 import xarray as xr
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import basinscope
 from basinscope.demo import FULL, balanced, corpus, standard_library_texts
+from basinscope.report.tables import llc_drift
 
 STEP_SIZES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 STEPS, BURN_IN = 300, 100
@@ -55,11 +55,10 @@ def estimates(tree: xr.DataTree) -> tuple[str, str, str]:
         llc = basinscope.compute_llc(tree, burn_in=BURN_IN).compute()
     except ValueError:  # every chain failed
         return "all chains failed", "", ""
-    trace = llc.n_beta * (llc.loss_trace - llc.init_loss).mean("chain")
-    first, second = np.array_split(trace.values, 2)
+    drift, drift_error = llc_drift(llc)
     return (
         f"{float(llc.llc_mean):.1f} ± {float(llc.llc_mcse):.1f}",
-        f"{second.mean() - first.mean():+.1f}",
+        f"{drift:+.1f} ± {drift_error:.1f}",
         f"{float(llc.rhat):.3f}",
     )
 
