@@ -98,7 +98,7 @@ def _load(module: str, factory: str, kind: tuple[str, ...]) -> Function:
         return _load_by_llvm(_read(code))
     made = _compile(module, factory, kind)
     with suppress(OSError, AttributeError, subprocess.CalledProcessError):
-        _link(made, library)
+        _write(_link(made), library)
         return _load_library(library)
     with suppress(OSError):
         _write(made, code)
@@ -175,38 +175,44 @@ def _machine() -> Any:
     )
 
 
-def _link(code: bytes, library: Path) -> None:
-    """Make a library of object code, whole or not at all."""
+def _link(code: bytes) -> bytes:
+    """Make a library of object code."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise FileNotFoundError("no C compiler to link with")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+    with tempfile.TemporaryDirectory() as directory:
         parts = Path(directory) / "code.o", Path(directory) / "library.so"
         parts[0].write_bytes(code)
         command = [compiler, "-shared", "-o", str(parts[1]), str(parts[0]), "-lm"]
         subprocess.run(command, check=True, capture_output=True)
-        parts[1].replace(library)
+        return parts[1].read_bytes()
 
 
 def _write(code: bytes, file: Path) -> None:
-    """Keep object code behind its checksum: damaged code would end the process that loads it."""
+    """Keep code with its checksum: damaged code would end the process that loads it.
+
+    The checksum is at the end, where the system's loader takes no notice of it.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as directory:
         part = Path(directory) / file.name
-        part.write_bytes(hashlib.sha256(code).digest() + code)
+        with part.open("wb") as out:
+            out.write(code + hashlib.sha256(code).digest())
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(file)
 
 
 def _read(file: Path) -> bytes:
     kept = file.read_bytes()
-    checksum, code = kept[:32], kept[32:]
+    code, checksum = kept[:-32], kept[-32:]
     if hashlib.sha256(code).digest() != checksum:
         raise OSError(f"{file} is damaged")
     return code
 
 
 def _load_library(library: Path) -> Function:
+    _read(library)  # an error if it is damaged
     return _of_integers(getattr(ctypes.CDLL(str(library)), _ENTRY))
 
 

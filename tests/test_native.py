@@ -99,15 +99,35 @@ def test_a_changed_source_is_compiled_anew(home: Path) -> None:
     assert call(home, "double")[0] == [0.0, 20.0, 40.0, 60.0, 4.0]
 
 
-@pytest.mark.parametrize("content", [b"", b"no code"])
 @pytest.mark.parametrize("compiler", [True, False], ids=["library", "object code"])
-def test_a_damaged_file_is_made_anew(compiler: bool, content: bytes, home: Path) -> None:
+def test_a_damaged_file_is_made_anew(compiler: bool, home: Path) -> None:
+    """Code that was cut or zeroed, as by a power cut, would end the process that loads it."""
+    doubled = [0.0, 2.0, 4.0, 6.0, 4.0]
     path = {} if compiler else {"PATH": str(home / "source")}
     call(home, "double", **path)
     (file,) = (file for file in (home / "cache").rglob("*") if file.is_file())
-    file.write_bytes(content)
-    assert call(home, "double", **path)[0] == [0.0, 2.0, 4.0, 6.0, 4.0]
-    assert file.stat().st_size > 100
+    whole = file.read_bytes()
+    quarter = len(whole) // 4
+    zeroed = whole[:quarter] + bytes(quarter) + whole[2 * quarter :]
+    for damaged in (b"", b"no code", whole[: 2 * quarter], zeroed, whole[:-1], whole + b"more"):
+        file.write_bytes(damaged)
+        assert call(home, "double", **path) == (doubled, ["llvmlite", "numba"])
+        assert call(home, "double", **path) == (doubled, [] if compiler else ["llvmlite"])
+
+
+def test_code_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, really, sizes = tmp_path / "made.so", os.fsync, list[int]()
+
+    def fsync(descriptor: int) -> None:
+        really(descriptor)
+        assert not file.exists()
+        sizes.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    native._write(b"code", file)
+    assert sizes == [file.stat().st_size]
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(home: Path) -> None:

@@ -2,7 +2,7 @@
 
 While a store is being harvested its sums lie in a group ``generation-N``, which the root's
 attributes name. The next state is written beside it and then named instead, by replacing one small
-file, so a process killed at any moment leaves the one or the other.
+file, so a process killed at any moment, or a machine that fails, leaves the one or the other.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from basinscope.io.attributions_layout import (
     write_sums,
 )
 from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
+from basinscope.io.durable import settle_tree
 from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.schema import SCHEMA_VERSION
@@ -346,6 +347,7 @@ class AttributionWriter:
         try:
             write_group(self.path / generation)
             write_sums(self.path / generation, sums, counts)
+            settle_tree(self.path / generation)
         except BaseException:  # such as a full disk, which it would keep full
             shutil.rmtree(self.path / generation, ignore_errors=True)
             raise

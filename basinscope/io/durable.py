@@ -10,9 +10,10 @@ import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import zarr
+if TYPE_CHECKING:
+    import zarr
 
 
 def settle(path: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from basinscope.io.durable import settle, settle_tree
+
 
 def local_path(path: str | os.PathLike[str], of: str = "a store") -> Path:
     """Turn what a user gives into a path, ``~`` expanded.
@@ -65,7 +67,7 @@ def require_place(path: Path) -> None:
 
 @contextmanager
 def made_at_once(path: Path, or_else: Callable[[Path], bool] = Path.exists) -> Iterator[Path]:
-    """Give a draft beside a path to fill, then move it into place in one step.
+    """Give a draft beside a path to fill, then move it into place in one step, on the disk.
 
     A process that loses a race leaves what the winner put there as it is.
 
@@ -78,6 +80,7 @@ def made_at_once(path: Path, or_else: Callable[[Path], bool] = Path.exists) -> I
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:
         yield draft
+        settle_tree(draft)
         try:
             draft.rename(path)
         except OSError as error:
@@ -85,3 +88,4 @@ def made_at_once(path: Path, or_else: Callable[[Path], bool] = Path.exists) -> I
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    settle(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import uuid
@@ -22,9 +23,12 @@ from dask.delayed import Delayed, delayed
 from dask.diagnostics.progress import ProgressBar
 from zarr.codecs import Crc32cCodec
 
+from basinscope.io.chunked import replace_attributes
+from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import locked
 from basinscope.io.store import now, remove_partial_files, require_same_settings
+from basinscope.io.stored import CHECKSUM_BYTES
 
 
 class ResultLockedError(OSError):
@@ -177,7 +181,9 @@ def _complete(path: Path, result: xr.DataTree) -> None:
     with progress_bar():
         dask.base.compute(*missing)
     remove_partial_files(path)  # of processes that were killed
-    zarr.open_group(path, mode="r+").update_attributes({"completed": 1, "finished_at": now()})
+    settle_tree(path)  # names of blocks too: one without a file reads as fill values
+    attributes = zarr.open_group(path, mode="r").attrs.asdict()
+    replace_attributes(path, {**attributes, "completed": 1, "finished_at": now()})
 
 
 def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
@@ -192,11 +198,20 @@ def _missing_blocks(path: Path, result: xr.DataTree) -> Iterator[Delayed]:
                 data = data.rechunk(stored)
             # optimised one by one, blocks would each compute what they share
             blocks = data.to_delayed(optimize_graph=False)
+            size = math.prod(stored) * data.dtype.itemsize + CHECKSUM_BYTES
             for index in product(*map(range, data.numblocks)):
-                if not where.joinpath("c", *map(str, index)).exists():
+                if not _is_whole(where.joinpath("c", *map(str, index)), size):
                     yield delayed(_write_block)(
                         str(where), index, stored, data.dtype, blocks[index]
                     )
+
+
+def _is_whole(file: Path, size: int) -> bool:
+    """Whether a block is there, and no shorter file that a power cut left of it."""
+    try:
+        return file.stat().st_size == size
+    except OSError:
+        return False
 
 
 def _write_block(
@@ -215,7 +230,8 @@ def _write_block(
             for row in _padded_rows(np.asarray(values, dtype.newbyteorder("<")), chunks):
                 checksum = google_crc32c.extend(checksum, row)
                 out.write(row)
-            out.write(checksum.to_bytes(4, "little"))
+            out.write(checksum.to_bytes(CHECKSUM_BYTES, "little"))
+        settle(draft)
         draft.replace(file)
     finally:
         draft.unlink(missing_ok=True)

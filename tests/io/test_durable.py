@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,11 @@ import zarr
 from datasets import Dataset
 
 import basinscope
+from basinscope.io.attributions_merge import merge_attributions
 from basinscope.io.durable import settle, settle_tree, written_files
+from basinscope.io.results import write_result
+from tests.io.attributions_random import new_writer, random_store, random_sums
+from tests.io.test_results import BLOCKS, SETTINGS, PowerCutError, block_files, lazy_result
 
 Synced = list[tuple[Path, int, str]]
 
@@ -80,6 +87,97 @@ def test_a_record_follows_what_it_speaks_of(store: Path, synced: Synced) -> None
         for place, slot in named:
             before = [path for path, _, _ in events[:place]]
             assert store / "chains" / str(chain) / slot / "weights" / "zarr.json" in before
+
+
+def test_a_harvests_record_follows_the_sums_that_it_names(tmp_path: Path, synced: Synced) -> None:
+    path = tmp_path / "s.zarr"
+    once = random_sums(np.random.default_rng(0))
+    with new_writer(path) as writer:
+        for batches in (1, 2):
+            writer.save(*once, tokens=10 * batches, batches_done=batches)
+            generation = path / f"generation-{batches}"
+            record = next(
+                place
+                for place, (file, _, text) in enumerate(synced)
+                if file == path / "zarr.json" and generation.name in text
+            )
+            require_synced([generation, *generation.rglob("*")], synced[:record])
+        writer.finish()
+
+
+def test_a_quota_that_is_full_leaves_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems say so only when a file is synced."""
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    once = random_sums(np.random.default_rng(0))
+    with new_writer(tmp_path / "s.zarr") as writer:
+        writer.save(*once, tokens=10, batches_done=1)
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr("basinscope.io.attributions.settle_tree", full)
+        with pytest.raises(OSError, match="quota"):
+            writer.save(*once, tokens=20, batches_done=2)
+        assert sorted(tmp_path.rglob("*")) == before
+        assert writer.batches_done == 1
+
+
+@pytest.mark.parametrize("made", ["new", "merged"])
+def test_attributions_are_on_the_disk_before_they_appear(
+    made: str, tmp_path: Path, synced: Synced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [random_store(tmp_path / f"{r}.zarr", r, rank=r, world_size=2) for r in range(2)]
+    path, really, appeared = tmp_path / "out" / "s.zarr", Path.rename, list[int]()
+
+    def rename(self: Path, target: Path) -> Path:
+        appeared.append(len(synced))
+        return really(self, target)
+
+    synced.clear()
+    monkeypatch.setattr(Path, "rename", rename)
+    if made == "new":
+        new_writer(path).close()
+    else:
+        merge_attributions(parts, path)
+    (moved,) = appeared
+    require_synced([path, *path.rglob("*")], synced[:moved])
+    assert path.parent in [file for file, _, _ in synced[moved:]]
+
+
+def test_blocks_of_a_result_are_on_the_disk_before_they_count(
+    tmp_path: Path, synced: Synced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, really, blocks = tmp_path / "r.zarr", Path.replace, list[Path]()
+
+    def replace(self: Path, target: Path) -> Path:
+        if target.is_relative_to(path):  # and no part of the draft, which zarr writes
+            assert synced[-2][:2] == (target, self.stat().st_mtime_ns)
+            blocks.append(target)
+        return really(self, target)
+
+    with monkeypatch.context() as patch, dask.config.set(scheduler="synchronous"):
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(PowerCutError):
+            write_result(lazy_result(stop_after=6), path, SETTINGS)
+    assert 0 < len(blocks) < BLOCKS
+    assert sorted(blocks) == sorted(block_files(path))
+    write_result(lazy_result(), path, SETTINGS)
+    record = next(
+        place
+        for place, (file, _, text) in enumerate(synced)
+        if file == path / "zarr.json" and '"completed"' in text
+    )
+    require_synced({path, *path.rglob("*")} - {path / "zarr.json"}, synced[:record])
+
+
+def require_synced(paths: Iterable[Path], synced: Synced) -> None:
+    """Require that files were synced as they are now, and directories at all."""
+    changed = {path: when for path, when, _ in synced}
+    for path in paths:
+        assert path in changed, path
+        assert path.is_dir() or path.stat().st_mtime_ns == changed[path], path
 
 
 def test_files_of_a_region(tmp_path: Path) -> None:

@@ -108,6 +108,22 @@ def test_a_block_is_written_whole_or_not_at_all(
     require_numbers(write_result(lazy_result(), tmp_path / "r.zarr", SETTINGS))
 
 
+@pytest.mark.parametrize("left", [0.0, 0.5], ids=["empty", "half"])
+def test_a_block_that_a_power_cut_left_in_part_is_computed_anew(
+    left: float, tmp_path: Path
+) -> None:
+    path, calls = tmp_path / "r.zarr", list[Any]()
+    with pytest.raises(PowerCutError):
+        write_result(lazy_result(stop_after=BLOCKS - 1), path, SETTINGS)
+    there = block_files(path)
+    damaged = [there[0], there[-1]]
+    assert {file.relative_to(path).parts[0] for file in damaged} == {"even", "sub"}
+    for file in damaged:
+        os.truncate(file, int(left * file.stat().st_size))
+    require_numbers(write_result(lazy_result(calls), path, SETTINGS))
+    assert len(calls) == BLOCKS - len(there) + len(damaged)
+
+
 def test_a_crash_before_the_first_block_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
