@@ -32,7 +32,7 @@ from basinscope.models.forward import (
 from basinscope.models.head import NoLinearHeadError, output_embeddings
 from basinscope.models.positions import plain
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
-from basinscope.sampling.identity import describe_model
+from basinscope.sampling.identity import describe_function, describe_model
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
 from basinscope.sampling.job import check_vocabulary, choose_device
 from basinscope.sampling.progress import show_count
@@ -109,7 +109,8 @@ def harvest_attributions(
     importance : callable, optional
         ``({name: activations (batch, token, C)}, input_ids (batch, token)) -> {name: importances
         (batch, token, C)}``, called without gradients. 1 for layers that it leaves out. Constants
-        for the gradients. The store knows it by its name only.
+        for the gradients. Known to the store by its code and by what is fixed with it, as a
+        ``loss_fn`` of :func:`basinscope.sample` is.
     importance_threshold : float
         Positions of greater importance are counted as active.
     alive : mapping of str to bool array (C,), optional
@@ -179,7 +180,7 @@ def harvest_attributions(
                     "model": describe_model(model),
                     "layers": _layers(parts, chosen, embedding, sizes[EMBED]),
                     "components_sha256": _digest_of(parts, masks),
-                    "importance": None if importance is None else _name_of(importance),
+                    "importance": None if importance is None else describe_function(importance),
                     "importance_threshold": float(importance_threshold),
                     "output_token_ids": output_tokens,
                     "dataset_fingerprint": fingerprint,
@@ -463,11 +464,6 @@ def _digest_of(components: Mapping[str, Components], alive: Mapping[str, Tensor]
                 digest.update(array.data)
             digest.update(b";")
     return digest.hexdigest()
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    kind = function if hasattr(function, "__qualname__") else type(function)
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _run(

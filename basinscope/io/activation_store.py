@@ -58,7 +58,7 @@ Variable = tuple[tuple[str, ...], tuple[int, ...], DTypeLike]
 """Dims, ``example`` first; the shape of one example; the type, "bfloat16" among them."""
 
 
-class ActivationsLockedError(RuntimeError):
+class ActivationsLockedError(OSError):
     """Another writer has this store open."""
 
 

@@ -24,9 +24,8 @@ import basinscope
 from basinscope.io import codecs, dims
 from basinscope.io.checkpoint import remove_checkpoints
 from basinscope.io.chunked import replace_attributes
-from basinscope.io.durable import settle, settle_tree
 from basinscope.io.location import local_path, made_at_once
-from basinscope.io.locks import locked
+from basinscope.io.locks import PATIENCE, locked
 from basinscope.io.schema import SCHEMA_VERSION, ArraySpec
 from basinscope.io.stored import StoredArray, open_stored
 
@@ -39,7 +38,7 @@ SCALED = {"scale_factor", "add_offset"}  # encodings under which values are not 
 MOST_DIFFERENCES = 8  # of one group of settings that a message lists
 
 
-class ChainLockedError(RuntimeError):
+class ChainLockedError(OSError):
     """Another process is sampling this chain."""
 
 
@@ -300,8 +299,6 @@ class SampleStore:
                 _create_array(root, name, spec)
             for chain in range(num_chains):
                 root.create_group(f"chains/{chain}", attributes=new_record())
-            settle_tree(draft)
-        settle(path)
         return cls(path)
 
     @property
@@ -331,7 +328,7 @@ class SampleStore:
         return [c for c, r in self.records().items() if r["state"] not in (DONE, FAILED)]
 
     @contextmanager
-    def lock(self, chain: int) -> Iterator[None]:
+    def lock(self, chain: int, patience: float = PATIENCE) -> Iterator[None]:
         """Hold a chain for this process; the lock goes with the process, however it ends.
 
         Raises
@@ -344,13 +341,13 @@ class SampleStore:
             f"chain {chain} of {self.path} is being sampled by another process: wait for it, or "
             "give the two processes different chains"
         )
-        with locked(directory, held):
+        with locked(directory, held, patience):
             yield
 
     def is_locked(self, chain: int) -> bool:
         """Whether some process is sampling the chain right now."""
         try:
-            with self.lock(chain):
+            with self.lock(chain, patience=0):
                 return False
         except ChainLockedError:
             return True

@@ -21,7 +21,7 @@ from basinscope.io.durable import settle, written_files
 PENDING_BYTES = 256 * 2**20  # most bytes that wait for the disk before put() waits too
 
 
-class StoreWriteError(RuntimeError):
+class StoreWriteError(OSError):
     """The store could not be written; the cause is chained."""
 
 

@@ -65,17 +65,17 @@ def moved_elements(model: nn.Module, masks: Mapping[str, Tensor | None]) -> int:
     )
 
 
-def describe_loss(loss_fn: Callable[..., Any]) -> str:
-    """Identify a caller's loss: its name, and a hash of its code and of what is fixed with it.
+def describe_function(function: Callable[..., Any]) -> str:
+    """Identify a caller's function: its name, and a hash of its code and of what is fixed with it.
 
     Arguments of a ``partial``, defaults and what a function closes over count; lists, dicts and
     the attributes of an object do not, for they may be where it keeps notes. Its bytecode counts,
-    so another version of Python makes it another loss; line numbers do not.
+    so another version of Python makes it another; line numbers do not.
     """
     digest = hashlib.sha256()
-    for part in _parts(loss_fn, set()):
+    for part in _parts(function, set()):
         digest.update(part)
-    return f"{_qualified_name(loss_fn)} {digest.hexdigest()[:16]}"
+    return f"{_qualified_name(function)} {digest.hexdigest()[:16]}"
 
 
 def digest_of(*arrays: np.ndarray) -> str:

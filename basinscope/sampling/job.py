@@ -24,7 +24,12 @@ from basinscope.models.head import LinearHead
 from basinscope.models.structure import used_parameters
 from basinscope.sampling.config import SamplerConfig
 from basinscope.sampling.data import batch_order, check_dataset, cycled, read_rows
-from basinscope.sampling.identity import describe_loss, describe_masks, describe_model, digest_of
+from basinscope.sampling.identity import (
+    describe_function,
+    describe_masks,
+    describe_model,
+    digest_of,
+)
 from basinscope.sampling.layers import TOKENS
 from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.observables import (
@@ -178,7 +183,7 @@ class SamplingJob:
             "observables": [observable.describe() for observable in self.observables],
             "model": describe_model(self.model),
             "param_masks": describe_masks(self.model, self.masks),
-            "loss_fn": describe_loss(self.loss_fn) if self.loss_fn else None,
+            "loss_fn": describe_function(self.loss_fn) if self.loss_fn else None,
             "datasets": {
                 "sampling": {
                     "rows": self.dataset_rows,

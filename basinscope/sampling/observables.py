@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from basinscope.io.activation_runs import LONGEST
-from basinscope.io.dims import observable_id
+from basinscope.io.dims import BATCH_SAMPLING, observable_batch, observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
 
 Around = Callable[[torch.nn.Module, int, Tensor], AbstractContextManager[None]]
@@ -85,6 +85,11 @@ def read_observables(
                 f"the observable's name {name[:20]!r}... is too long: it has "
                 f"{len(os.fsencode(obs_id))} bytes as part of a directory's name, which takes at "
                 f"most {LONGEST_ID}; rename it"
+            )
+        if observable_batch(obs_id) == BATCH_SAMPLING:
+            raise ValueError(
+                f"an observable cannot be named {name!r}: {BATCH_SAMPLING} is the dimension of the "
+                "sampling batches; rename it"
             )
         label = f"observable {name!r}"
         if isinstance(given, tuple) and len(given) != 2:

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +21,7 @@ from basinscope.io.codecs import rounding_error
 from basinscope.io.location import local_path, require_place
 from basinscope.io.store import (
     FAILED,
+    ChainLockedError,
     SampleStore,
     is_store,
     open_store,
@@ -333,11 +335,10 @@ def _run(
         job = replace(job, head=head_or_none(working, few))
     _check_loss(job, working)
     path = path or _temporary_path(config)
-    if is_store(path):
-        store = SampleStore(path)
-    else:
-        attributes = _attributes(job, settings)
-        store = SampleStore.create(path, job.arrays(), attributes, config.num_chains)
+    if not is_store(path):
+        SampleStore.create(path, job.arrays(), _attributes(job, settings), config.num_chains)
+    is_complete(path, settings)  # another process may have made it since the settings were compared
+    store = SampleStore(path)
     todo = [chain for chain in store.unfinished() if chain in execution.chains]
     tokens = config.gradient_accumulation_steps * config.batch_size * (job.sequence_length - 1)
     with show_progress(
@@ -512,7 +513,9 @@ def _write_inputs(
         writer.close()
     share = round((time.perf_counter() - start) / len(missing), 6)
     for chain in missing:
-        store.update_record(chain, init_loss_written=True, seconds={"init_loss": share})
+        with suppress(ChainLockedError), store.lock(chain):  # whoever samples it noted their own
+            seconds = {"init_loss": share, **store.record(chain)["seconds"]}
+            store.update_record(chain, init_loss_written=True, seconds=seconds)
 
 
 def _warn_about_failures(store: SampleStore) -> None:

@@ -30,7 +30,7 @@ from basinscope.sampling.job import SamplingJob
 REPORT_SECONDS = 0.1  # between two reports of a worker
 
 
-class WorkerError(RuntimeError):
+class WorkerError(OSError):
     """A worker process ended before its chains did."""
 
 

@@ -98,7 +98,7 @@ def test_importances_weigh_targets_and_sources(tmp_path: Path) -> None:
     assert np.array_equal(store.counts("0.mlp.down", "active"), active)
     assert 0 < active.sum() < active.size * 24
     assert (store.counts("1.mlp.up", "mean_importance_sum") == 24).all()
-    assert store.metadata["importance"].endswith("importance")
+    assert "importance " in store.metadata["importance"]  # its name, and a hash
 
 
 def test_dead_components_get_and_give_nothing(
@@ -381,6 +381,20 @@ def test_a_complete_store_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.M
     ):
         with pytest.raises(StoreMismatchError):
             harvested(model, dataset, tmp_path, **changed)  # type: ignore[arg-type]
+
+
+def test_another_importance_of_the_same_name_is_another_harvest(tmp_path: Path) -> None:
+    model, dataset = built("gpt2"), token_rows(4, 6, seed=2)
+
+    def constant(value: float) -> Any:
+        return lambda activations, input_ids: {
+            name: torch.full_like(found, value) for name, found in activations.items()
+        }
+
+    for _ in range(2):  # the same, made anew
+        harvested(model, dataset, tmp_path, importance=constant(1.0))
+    with pytest.raises(StoreMismatchError, match=r"importance: the store has .*constant"):
+        harvested(model, dataset, tmp_path, importance=constant(0.1))
 
 
 @pytest.mark.parametrize("fails", [False, True])

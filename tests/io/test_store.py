@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,26 @@ def test_a_second_process_is_told_that_a_chain_is_taken(tmp_path: Path) -> None:
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_who_only_looks_whether_a_chain_is_taken_stops_nobody(tmp_path: Path) -> None:
+    """`basinscope info` holds each chain for a moment."""
+    store = new_store(tmp_path / "s.zarr")
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            store.is_locked(0)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(300):
+            with store.lock(0):
+                pass
+    finally:
+        stop.set()
+        looking.join()
 
 
 def test_a_lock_goes_with_a_killed_holder(tmp_path: Path) -> None:

@@ -183,6 +183,23 @@ def test_profile_and_workers_exclude_each_other(refused: Refused, tmp_path: Path
         call(workers=2, profile=tmp_path / "trace.json")
 
 
+@pytest.mark.parametrize(
+    "window", ["ab", 5, (1,), (0, 1, 2), (2, 1), (1, 1), (-1, 2), (3, 9), (1.0, 2), (False, 2)]
+)
+def test_a_profile_must_trace_steps_of_the_run(
+    window: Any, refused: Refused, tmp_path: Path
+) -> None:
+    with refused(ValueError, "profile_steps", "(0, 3)", "run of 3 steps", got(window)) as call:
+        call(profile=tmp_path / "trace.json", profile_steps=window)
+
+
+def test_a_short_run_is_told_which_steps_a_profile_may_trace(
+    refused: Refused, tmp_path: Path
+) -> None:
+    with refused(ValueError, "profile_steps", "(0, 3)", "got (5, 15)") as call:
+        call(profile=tmp_path / "trace.json")
+
+
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", 3.5, "cpu:x", ""])
 def test_an_unusable_device_lists_the_usable_ones(device: Any, refused: Refused) -> None:
     with refused(ValueError, f"device={device!r}", "available: cpu") as call:
@@ -402,6 +419,7 @@ def test_sequences_longer_than_the_model_s_positions(kind: str, refused: Refused
             ValueError,
             ["'a b'", "'a/b'", "loss_a_b", "rename"],
         ),
+        ({"sampling": token_rows(8, 9, 1)}, ValueError, ["'sampling'", "batch_sampling", "rename"]),
         ({"p": (token_rows(8, 9, 1), 0)}, ValueError, ["'p'", "at least 1", "got 0"]),
         ({"p": (token_rows(8, 9, 1), 1.5)}, ValueError, ["'p'", "at least 1", "got 1.5"]),
         ({"p": (token_rows(8, 9, 1), None)}, ValueError, ["'p'", "at least 1", "got None"]),

@@ -17,9 +17,11 @@ import zarr
 from torch import Tensor, nn
 
 import basinscope
-from basinscope.io.store import DONE, FAILED, SampleStore, StoreMismatchError
+from basinscope.io.store import DONE, FAILED, PENDING, SampleStore, StoreMismatchError
 from basinscope.io.writer import StoreWriteError
-from basinscope.sampling.job import next_token_loss
+from basinscope.sampling.chain import working_copy
+from basinscope.sampling.init_loss import init_losses
+from basinscope.sampling.job import SamplingJob, next_token_loss
 from basinscope.sampling.sample import ChainFailedWarning, sample
 from tests.conftest import token_rows
 from tests.models_small import KINDS, RawModel, tiny_model
@@ -242,6 +244,40 @@ def test_other_settings_are_refused_and_the_store_stays(tmp_path: Path) -> None:
         for part in named:
             assert part in str(caught.value), changes
         assert contents(tmp_path) == before, changes
+
+
+def test_a_store_that_another_process_made_meanwhile_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the comparison of settings and the store, a large model is copied and tried."""
+
+    def slowly(job: SamplingJob) -> nn.Module:
+        monkeypatch.undo()
+        run(tmp_path, chains=[0])  # the other process
+        return working_copy(job)
+
+    monkeypatch.setattr("basinscope.sampling.sample.working_copy", slowly)
+    with pytest.raises(StoreMismatchError, match=r"sampler\.lr: the store has 0\.001"):
+        run(tmp_path, lr=2e-3, chains=[1])
+    states = [record["state"] for record in SampleStore(tmp_path / "s.zarr").records().values()]
+    assert states[:2] == [DONE, PENDING]
+
+
+def test_a_chain_that_another_process_ended_meanwhile_keeps_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process is still at the loss at the checkpoint when the other is through."""
+
+    def slowly(*arguments: Any) -> dict[int, np.ndarray]:
+        monkeypatch.undo()
+        run(tmp_path)  # the other process
+        return init_losses(*arguments)
+
+    monkeypatch.setattr("basinscope.sampling.sample.init_losses", slowly)
+    run(tmp_path)
+    for record in SampleStore(tmp_path / "s.zarr").records().values():
+        assert record["state"] == DONE
+        assert {"init_loss", "forward", "backward"} <= record["seconds"].keys()
 
 
 def mean_of_logits(model: nn.Module, ids: Tensor) -> Tensor:
