@@ -167,7 +167,7 @@ def susceptibilities(
     client : distributed.Client, optional
         Sample each restriction as a task on its workers, which see `output_path` too.
     progress : bool, optional
-        True: a line per restriction on stderr; False: nothing; None: one bar on a terminal.
+        True: lines on stderr; False: nothing; None: a bar on a terminal, lines elsewhere.
 
     Returns
     -------
@@ -180,7 +180,7 @@ def susceptibilities(
         If "full" or the task is missing, nothing is left to ask about, or a restriction's name is
         no file name; before anything is sampled. So if there is a client and no `output_path`.
     """
-    from basinscope.sampling.progress import show_restrictions
+    from basinscope.sampling.progress import show_count
     from basinscope.sampling.sample import sample
 
     if "param_masks" in sample_kwargs:
@@ -223,10 +223,11 @@ def susceptibilities(
     if client is not None:
         _sample_on(client, arguments, each, progress)
     trees = {}
-    with show_restrictions(list(each), False if client is not None else progress) as starting:
+    with show_count("restriction", len(each), False if client is not None else progress) as report:
+        report(0)
         for name, one in each.items():
-            starting(name)
             trees[name] = sample(*arguments, **one)
+            report(len(trees))
     return compute_susceptibilities(
         trees, sampling_task, include_sampling_task=include_sampling_task
     )
@@ -278,6 +279,7 @@ def _sample_on(
     shared = client.scatter(arguments, broadcast=True, hash=False)
     tasks = [client.submit(_sample_store, shared, one, pure=False) for one in each.values()]
     with show_count("restriction", len(tasks), progress) as report:
+        report(0)
         for done, task in enumerate(as_completed(tasks), start=1):
             task.result()
             report(done)

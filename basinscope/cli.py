@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +19,8 @@ from basinscope import (
     cli_lens,
 )
 from basinscope.cli_analysis import refuse_other_kinds
-from basinscope.report.console import err, out, print_json, readable_errors, short_warnings
+from basinscope.report.console import out, print_json, readable_errors, short_warnings
+from basinscope.sampling.numbers import GRAMMAR
 
 if TYPE_CHECKING:
     from basinscope.io.verify import Verification
@@ -82,7 +82,7 @@ def sample(
         str | None, typer.Option(help="What may move: l0, l0h1, 'l0 mlp', embed, ...")
     ] = None,
     chains: Annotated[
-        str | None, typer.Option(help="Only these chains, as FIRST:END (for array jobs).")
+        str | None, typer.Option(help=f"Only these chains: {GRAMMAR} (for array jobs).")
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that run chains.")] = None,
     chains_at_once: Annotated[
@@ -108,19 +108,14 @@ def sample(
         "device": device,
         "profile": profile,
     }
-    with readable_errors():
+    with readable_errors(), short_warnings():
+        from basinscope.io.store import FAILED, chain_records
         from basinscope.sampling.run_file import run_from_file
-        from basinscope.sampling.sample import ChainFailedWarning
 
         given = {name: value for name, value in overrides.items() if value is not None}
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            tree, path = run_from_file(config, given)
-        for warning in caught:
-            err.print(f"[yellow]warning:[/] {escape(str(warning.message))}", soft_wrap=True)
+        tree, path = run_from_file(config, given)
         complete = tree.attrs.get("completed") == 1
-        failed = any(issubclass(w.category, ChainFailedWarning) for w in caught)
-        failed |= complete and bool(tree.attrs.get("failed_chains"))
+        failed = any(record["state"] == FAILED for record in chain_records(tree).values())
         if not complete:
             state = "not complete yet: other chains are to be sampled. Next: basinscope info"
         elif len(tree.attrs.get("failed_chains", ())) == tree.sizes["chain"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +20,7 @@ from basinscope.report.console import (
     require_one_of,
     short_warnings,
 )
-from basinscope.report.numbers import GRAMMAR, parse_numbers
+from basinscope.sampling.numbers import GRAMMAR, parse_numbers
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -41,7 +41,12 @@ Incomplete = Annotated[
 MemoryLimit = Annotated[
     str | None, typer.Option(help="Such as 4GiB. Default: half of the free memory.")
 ]
-Threads = Annotated[int | None, typer.Option(help="Tasks at once. Default: one for each core.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Tasks at once; with --scheduler, threads of a worker. Default: one for each core."
+    ),
+]
 Scheduler = Annotated[
     str | None, typer.Option(help="Address of a Dask cluster to run on, tcp://host:port.")
 ]
@@ -66,7 +71,7 @@ def llc(
     with readable_errors(), short_warnings(), _running_on(threads, scheduler):
         import xarray as xr
 
-        from basinscope.analysis.llc import compute_llc, plan_of_llc
+        from basinscope.analysis.llc import compute_llc, identity_of_losses, plan_of_llc
         from basinscope.io.results import require_free
         from basinscope.report.tables import llc_figures
 
@@ -74,11 +79,15 @@ def llc(
         if output is not None or profile is not None:
             _require_distinct(stores)
         options: dict[str, Any] = {"burn_in": burn_in, "allow_incomplete": allow_incomplete}
-        settings = {"llc": options, "stores": [str(store) for store in stores]}
         if dry_run:
-            _show_plans({str(s): plan_of_llc(s, **options) for s in stores}, as_json)
+            plans = {str(s): plan_of_llc(s, **options) for s in stores}
+            _show_plans(plans, as_json, memory_limit)
             return
+        settings: dict[str, Any] = {"llc": options}
         if output is not None:
+            settings["stores"] = {
+                str(store): identity_of_losses(store, allow_incomplete) for store in stores
+            }
             require_free(output, settings)
         found: list[dict[str, Any]] = []
         estimates: dict[str, xr.Dataset] = {}
@@ -100,6 +109,7 @@ def llc(
                 else xr.DataTree.from_dict(estimates),
                 output,
                 settings,
+                as_json,
             )
         if as_json:
             print_json(found[0] if len(found) == 1 else found)
@@ -188,7 +198,7 @@ def bif(
         }
         plan = partial(plan_bif, store, **options)
         if dry_run:
-            _show_plans({str(store): plan()}, as_json)
+            _show_plans({str(store): plan()}, as_json, memory_limit)
             return
         between_tokens = method == "token" and not average and top_k is None
         if between_tokens and output is None:
@@ -273,7 +283,7 @@ def susceptibilities(
         }
         plan = partial(plan_of_susceptibilities, restrictions, task, **options)
         if dry_run:
-            _show_plans({f"{len(restrictions)} stores": plan()}, as_json)
+            _show_plans({f"{len(restrictions)} stores": plan()}, as_json, memory_limit)
             return
 
         def work() -> xr.DataTree:
@@ -387,25 +397,27 @@ def _require_distinct(stores: Sequence[Path]) -> None:
 
 @contextmanager
 def _running_on(threads: int | None, scheduler: str | None) -> Iterator[None]:
-    """Run on so many threads of this process, or on a cluster."""
+    """Run on so many threads of this process, or on a cluster whose workers have so many."""
     import dask
+
+    from basinscope.analysis.plan import PlanError
 
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads}: give 1 or more")
-    if scheduler is None:
-        from basinscope.analysis.plan import PlanError
+    with ExitStack() as held:
+        if threads is not None:
+            held.enter_context(dask.config.set(num_workers=threads))
+        if scheduler is not None:
+            from distributed import Client
 
+            held.enter_context(Client(scheduler))
         try:
-            with dask.config.set(num_workers=threads) if threads else nullcontext():
-                yield
+            yield
         except PlanError as error:
-            fewer = ", --threads 1" if "num_workers=1" in str(error) else ""
-            raise PlanError(f"{error}. From the shell: --memory-limit{fewer}") from error
-        return
-    from distributed import Client
-
-    with Client(scheduler):
-        yield
+            # a cluster has the threads that it has, whatever it is planned for
+            fewer = scheduler is None and "num_workers=1" in str(error)
+            options = "--memory-limit, --threads 1" if fewer else "--memory-limit"
+            raise PlanError(f"{error}. From the shell: {options}") from error
 
 
 def _computed(work: Callable[[], Any], plan: Callable[[], Plan], profile: Path | None) -> Any:
@@ -427,26 +439,30 @@ def _computed(work: Callable[[], Any], plan: Callable[[], Plan], profile: Path |
     return result
 
 
-def _write(result: xr.DataTree, output: Path, settings: dict[str, Any]) -> None:
+def _write(result: xr.DataTree, output: Path, settings: dict[str, Any], as_json: bool) -> None:
     from basinscope.io.results import write_result
 
     write_result(result, output, settings)
-    _say_written(output, as_json=False)
+    _say_written(output, as_json)
 
 
 def _say_written(output: Path, as_json: bool) -> None:
     (err if as_json else out).print(f"written to {output}", soft_wrap=True)
 
 
-def _show_plans(plans: Mapping[str, Plan], as_json: bool) -> None:
+def _show_plans(plans: Mapping[str, Plan], as_json: bool, memory_limit: str | None) -> None:
+    """Print plans, then refuse what the run would refuse."""
     from dataclasses import asdict
 
+    from basinscope.analysis.memory import parse_memory_limit
     from basinscope.report.tables import plan_table
 
     if as_json:
         print_json({name: asdict(plan) for name, plan in plans.items()})
-        return
-    for name, plan in plans.items():
-        out.print(plan_table(name, plan))
-        for note in plan.notes:
-            out.print(escape(note), soft_wrap=True)
+    else:
+        for name, plan in plans.items():
+            out.print(plan_table(name, plan))
+            for note in plan.notes:
+                out.print(escape(note), soft_wrap=True)
+    for plan in plans.values():
+        plan.validate(parse_memory_limit(memory_limit))

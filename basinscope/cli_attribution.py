@@ -22,8 +22,6 @@ from basinscope.report.console import (
 if TYPE_CHECKING:
     from basinscope.analysis.attribution import Attribution, AttributionStore
 
-STOPPED = 130  # exit code of a harvest that a signal stopped
-
 
 class _RunByDefault(TyperGroup):
     """A group whose command ``run`` need not be named."""
@@ -98,7 +96,6 @@ def run(
         require_one_of("--components", components, ("neurons", "singular"))
 
         from basinscope.attribution.harvest import harvest_attributions
-        from basinscope.io.attributions import StoredAttributions
         from basinscope.models.components import singular_directions
         from basinscope.sampling.loading import load_model, load_tokens
 
@@ -119,9 +116,6 @@ def run(
             output_path=part_path(output, rank, world_size),
             device=device,
         )
-        if not StoredAttributions(store).completed:
-            out.print(f"{store}: stopped; the same command continues", soft_wrap=True)
-            raise typer.Exit(STOPPED)
         following = f"top {store}" if world_size == 1 else f"merge {store.parent}/*.zarr -o FILE"
         out.print(f"{store} is complete. Next: basinscope attribute {following}", soft_wrap=True)
 

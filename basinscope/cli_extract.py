@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from basinscope.report.console import out, readable_errors, short_warnings
-from basinscope.report.numbers import GRAMMAR, parse_numbers
+from basinscope.sampling.numbers import GRAMMAR, parse_numbers
 
 
 def extract(

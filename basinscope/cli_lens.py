@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from basinscope.report.console import out, print_json, readable_errors, short_warnings
-from basinscope.report.numbers import GRAMMAR, parse_numbers
 from basinscope.report.words import Words, quoted
+from basinscope.sampling.numbers import GRAMMAR, parse_numbers
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -18,7 +18,6 @@ from basinscope.cli import CHAIN_FAILED, DAMAGED, app
 from basinscope.io.activations import ActivationSaver
 from basinscope.io.store import SampleStore
 from basinscope.report.console import readable_errors, short_warnings
-from basinscope.sampling.run_file import parse_chains
 from tests.analysis.stores_random import random_tree, write_tree
 from tests.conftest import token_rows
 from tests.io.attributions_random import random_store
@@ -121,6 +120,43 @@ def test_verify_names_what_is_damaged(folder: Path) -> None:
     (found,) = json.loads(as_json.output)
     assert len(found["damaged"]) == 1
     assert invoke("verify", folder / "none.zarr").exit_code == 2
+
+
+def test_a_result_of_an_earlier_state_of_a_store_is_not_taken_for_this_one(folder: Path) -> None:
+    plan, store, result = write_plan(folder), folder / "runs" / "samples.zarr", folder / "llc.zarr"
+    estimate = ("llc", store, "--allow-incomplete", "-o", result, "--json")
+    assert invoke("sample", plan, "--chains", "0:2").exit_code == 0
+    first = invoke(*estimate)
+    written = float(xr.open_datatree(result, engine="zarr", consolidated=False)["llc_mean"])
+    assert json.loads(first.stdout)["llc_mean"] == pytest.approx(written)
+    assert invoke(*estimate).exit_code == 0
+    assert invoke("sample", plan).exit_code == 0
+    refused = invoke(*estimate)
+    assert refused.exit_code == 2
+    assert f"stores.{store}.chains: the store has [0, 1], this call has [0, 1, 2]" in flat(refused)
+
+
+def test_warnings_of_a_run_are_said_before_it_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*arguments: object) -> None:
+        warnings.warn("half of the weights cannot move", stacklevel=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("basinscope.sampling.run_file.run_from_file", stopped)
+    done = invoke("sample", write_plan(folder))
+    assert done.exit_code == 130
+    assert "warning: half of the weights cannot move" in done.output
+
+
+def test_a_chain_that_is_taken_is_said_in_one_paragraph(folder: Path) -> None:
+    plan, store = write_plan(folder), folder / "runs" / "samples.zarr"
+    assert invoke("sample", plan, "--chains", "0:1").exit_code == 0
+    with SampleStore(store).lock(1):
+        done = invoke("sample", plan)
+    assert done.exit_code == 2
+    assert "chain 1" in flat(done)
+    assert "is being sampled by another process" in flat(done)
 
 
 def test_a_failed_chain_shows_in_exit_code_and_summary(folder: Path) -> None:
@@ -258,11 +294,17 @@ def test_help_names_every_command_and_doctor_the_paths() -> None:
         assert word in doctor
 
 
-def test_chains_are_read_from_text() -> None:
-    assert parse_chains("0:3") == [0, 1, 2]
-    assert parse_chains("5") == [5]
-    with pytest.raises(ValueError, match="FIRST:END"):
-        parse_chains("a:b")
+def test_chains_are_numbers_and_ranges_or_all(folder: Path) -> None:
+    plan, store = write_plan(folder), folder / "runs" / "samples.zarr"
+    for text in ("1:", ":2", "a:b"):
+        refused = invoke("sample", plan, "--chains", text)
+        assert refused.exit_code == 2
+        assert f"chains {text!r}: give all, or numbers such as 0,4:8" in flat(refused)
+    assert not store.exists()
+    assert invoke("sample", plan, "--chains", "0,2:3").exit_code == 0
+    states = [record["state"] for record in SampleStore(store).records().values()]
+    assert states == ["done", "pending", "done"]
+    assert "is complete" in invoke("sample", plan, "--chains", "all").output
 
 
 def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
@@ -376,6 +418,37 @@ def test_a_dry_run_says_what_would_be_read_and_does_nothing(folder: Path) -> Non
     assert not out.exists()
     assert "peak memory" in invoke("llc", store, "--dry-run").output
     assert "memory_limit" in invoke("bif", store, "--average", "--memory-limit", "10").output
+
+
+@pytest.mark.parametrize("command", ["llc", "bif", "susceptibilities"])
+def test_a_dry_run_refuses_what_the_run_would_refuse(command: str, tmp_path: Path) -> None:
+    one, other = (write_tree(random_tree(seed), tmp_path / str(seed)) for seed in range(2))
+    asked = {
+        "llc": ("llc", one),
+        "bif": ("bif", one, "--average"),
+        "susceptibilities": ("susceptibilities", f"full={one}", f"l0={other}", "--task", "a"),
+    }[command]
+    run, planned = (invoke(*asked, "--memory-limit", "1kB", *dry) for dry in ((), ("--dry-run",)))
+    assert run.exit_code == planned.exit_code == 2
+    assert "and memory_limit is 1000 B: give" in flat(run)
+    assert "peak memory" in planned.output
+    assert flat(run) in flat(planned)
+
+
+def test_threads_count_on_a_cluster_too(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    store = write_tree(random_tree(1), tmp_path / "s")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        asked = ("llc", store, "--dry-run", "--json", "--threads", "3")
+        for where in ((), ("--scheduler", cluster.scheduler_address)):
+            plan = json.loads(invoke(*asked, *where).stdout)
+            assert plan[str(store)]["workers"] == 3
+        tight = ("--memory-limit", "10", "--scheduler", cluster.scheduler_address)
+        refused = flat(invoke("llc", store, *tight))
+    assert "From the shell: --memory-limit" in refused
+    assert "--threads" not in refused  # a cluster has the threads that it has
 
 
 def test_a_profile_holds_a_page_and_figures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

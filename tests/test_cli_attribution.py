@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from basinscope.analysis.attribution import AttributionStore
-from basinscope.cli_attribution import STOPPED, app
+from basinscope.cli_attribution import app
 from tests.conftest import token_rows
 from tests.io.attributions_random import new_writer, random_store, random_sums
 from tests.models_small import tiny_model
@@ -150,13 +150,12 @@ def test_a_stopped_harvest_shows_in_the_exit_code(
     tiny_model("gpt_neox").save_pretrained(tmp_path / "model")
     token_rows(4, 6, seed=1).save_to_disk(tmp_path / "data")
 
-    def stopped(*_: object, output_path: Path, **__: object) -> Path:
-        new_writer(output_path).close()
-        return output_path
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(harvest, "harvest_attributions", stopped)
     done = invoke(tmp_path / "model", tmp_path / "data", "-o", tmp_path / "s.zarr")
-    assert done.exit_code == STOPPED
+    assert done.exit_code == 130
     assert "stopped; the same command continues" in flat(done)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from basinscope.io import activation_store
 from basinscope.io.activation_sources import DIMS
-from basinscope.io.activation_store import open_activations as open_store
 
 STREAMS = re.compile(r"resid_(in|mid|out)_\d+|embed")
 SHARES = re.compile(r"(attn_out|mlp_out)_\d+|head_out_(\d+|L\d+H\d+)")
@@ -36,7 +36,7 @@ def open_activations(activations: Any) -> xr.Dataset:
         If it is something else, has other axes, or is a path without a finished store.
     """
     if isinstance(activations, str | os.PathLike):
-        return open_store(activations).to_dataset()
+        return activation_store.open_activations(activations).to_dataset()
     if isinstance(activations, xr.Dataset):
         return activations
     if isinstance(activations, xr.DataTree) or hasattr(activations, "to_dataset"):

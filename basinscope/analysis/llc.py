@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -99,7 +100,7 @@ def compute_llc(
     chosen = choose_observables(opened, observables)
     name = sampled_losses(opened)
     row = str(opened.dataset.variables[name].dims[1])
-    skipped = _checked_burn_in(opened, row, burn_in)
+    skipped = checked_burn_in(opened, row, burn_in)
     plan_llc(opened, chosen).validate(parse_memory_limit(memory_limit))
 
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
@@ -222,7 +223,10 @@ def plan_of_llc(
     allow_incomplete: bool = False,
     memory_limit: int | str | None = None,
 ) -> Plan:
-    """Plan :func:`compute_llc` with the same arguments; reads metadata only."""
+    """Plan :func:`compute_llc` with the same arguments; reads metadata only.
+
+    It is the same under any ``memory_limit``, by which ``Plan.validate`` refuses it.
+    """
     opened = open_samples(samples, allow_incomplete)
     return plan_llc(opened, choose_observables(opened, observables))
 
@@ -239,8 +243,18 @@ def sampled_losses(samples: Samples) -> str:
     return "sampling_loss_micro" if has_steps else "sampling_loss"
 
 
-def _checked_burn_in(samples: Samples, row: str, burn_in: int) -> int:
-    """Turn steps into rows of the trace, of which some have to be left."""
+def identity_of_losses(
+    store: str | os.PathLike[str], allow_incomplete: bool = False
+) -> dict[str, Any]:
+    """Tell a store, as far as it is sampled, from any other that an LLC could be taken from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the estimate says what is left out
+        samples = open_samples(store, allow_incomplete)
+    return samples.identity([sampled_losses(samples)])
+
+
+def checked_burn_in(samples: Samples, row: str, burn_in: int) -> int:
+    """Turn steps into rows of a trace, or draws, of which some have to be left."""
     if isinstance(burn_in, bool) or not isinstance(burn_in, numbers.Integral) or burn_in < 0:
         raise ValueError(f"burn_in={burn_in!r}: give a number of steps, 0 or more")
     rows = _rows_of_burn_in(samples, row, burn_in)

@@ -153,7 +153,10 @@ def plan_of_susceptibilities(
     allow_incomplete: bool = False,
     memory_limit: int | str | None = None,
 ) -> Plan:
-    """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only."""
+    """Plan :func:`compute_susceptibilities` with the same arguments; reads metadata only.
+
+    It is the same under any ``memory_limit``, by which ``Plan.validate`` refuses it.
+    """
     stores = _opened(wr_map, allow_incomplete)
     task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
     return _plan(_losses(stores, task, probes), task, probes)

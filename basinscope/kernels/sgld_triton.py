@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 BLOCK = 1024
 ROUNDING = tl.constexpr(noise.ROUNDING)
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Rows of the table: gradients change from step to step, the rest hardly ever.
-_ROWS = ("gradients", "weights", "anchors", "squares", "sizes", "streams")
 
 
 class TritonPass:

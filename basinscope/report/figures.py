@@ -46,7 +46,7 @@ def save_figures(tree: xr.DataTree, out: Path, *, burn_in: int = 0) -> list[Path
     llc = compute_llc(tree, burn_in=burn_in).compute()
     figures = {"loss_traces": loss_traces(llc), "running_llc": running_llc(llc)}
     if observables_of(tree):
-        figures["token_loss_shift"] = token_loss_shift(tree)
+        figures["token_loss_shift"] = token_loss_shift(tree, burn_in=burn_in)
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=DPI)
@@ -138,6 +138,8 @@ def running_llc(llc: xr.Dataset) -> Figure:
 def token_loss_shift(
     tree: xr.DataTree,
     observable: str | Iterable[str] | None = None,
+    *,
+    burn_in: int = 0,
 ) -> Figure:
     """Draw how far the losses of single tokens lie from where they started, per observable.
 
@@ -149,6 +151,9 @@ def token_loss_shift(
         without ``init_loss_{observable}`` is compared with its first draw, the mean over chains.
     observable
         One name or several; None for all.
+    burn_in
+        Steps to leave out at the start of every chain: the draws of these. The first draw stays
+        what an observable without ``init_loss_{observable}`` is compared with.
 
     Returns
     -------
@@ -160,15 +165,18 @@ def token_loss_shift(
     ------
     KeyError
         If the store has no such observable; lists those it has.
+    ValueError
+        If ``burn_in`` leaves no draw.
     """
     names = _chosen(tree, observable)
     figure, panels = _canvas("Shift of single tokens' losses", rows=len(names))
+    draws = f"draws after step {burn_in}" if burn_in else "draws"
     for row, name in enumerate(names):
-        shift, start = _shift(tree, name)
+        shift, start = _shift(tree, name, burn_in)
         by_position, histogram = panels[2 * row : 2 * row + 2]
         _draw_positions(by_position, shift, COLOURS[row % len(COLOURS)])
         _draw_histogram(histogram, shift, COLOURS[row % len(COLOURS)])
-        by_position.set_title(f"{name}: mean of the draws minus {start}", loc="left", fontsize=10)
+        by_position.set_title(f"{name}: mean of the {draws} minus {start}", loc="left", fontsize=10)
     panels[-2].set_xlabel("token position")
     panels[-1].set_xlabel("shift (nats per token)")
     return figure
@@ -191,19 +199,21 @@ def _chosen(tree: xr.DataTree, observable: str | Iterable[str] | None) -> list[s
     return wanted
 
 
-def _shift(tree: xr.DataTree, name: str) -> tuple[np.ndarray, str]:
+def _shift(tree: xr.DataTree, name: str, burn_in: int) -> tuple[np.ndarray, str]:
     """Shift per (batch, token_pos) in nats, and what it is measured from."""
+    from basinscope.analysis.llc import checked_burn_in
     from basinscope.analysis.stores import open_samples
 
     opened = open_samples(tree)
+    kept = slice(checked_burn_in(opened, "draw", burn_in), None)
     losses = opened.dataset[f"loss_{name}"].isel(chain=list(opened.places))
     if f"init_loss_{name}" in opened.dataset:
         start, called = opened.dataset[f"init_loss_{name}"], "the checkpoint"
         start = start.astype("float64").mean(start.dims[:-2])
     else:
         start, called = losses.isel(draw=0).mean("chain", dtype="float64"), "the first draw"
-    means = xr.Dataset({"draws": losses.mean(["chain", "draw"], dtype="float64"), "start": start})
-    means = means.compute()
+    mean = losses.isel(draw=kept).mean(["chain", "draw"], dtype="float64")
+    means = xr.Dataset({"draws": mean, "start": start}).compute()
     return means["draws"].values - means["start"].values, called
 
 

@@ -63,7 +63,7 @@ def samples_page(
         section("Losses of the chains", image(loss_traces(llc), "loss over the steps")),
     ]
     if observables_of(tree):
-        shift = image(token_loss_shift(tree), "shift of each token's loss")
+        shift = image(token_loss_shift(tree, burn_in=burn_in), "shift of each token's loss")
         sections.append(section("Where single tokens move", shift))
     return write_page(path, "Samples around a checkpoint", _facts(tree, name), sections)
 

@@ -119,6 +119,7 @@ def check_execution(
     trace = None if profile is None else local_path(profile, "a profile")
     if trace is not None:
         require_place(trace)
+        profile_steps = _window(profile_steps, config.num_steps)
     return Execution(
         asked, chains_at_once, workers, checkpoint_every, cuda_graph, int(prefix_cache_bytes),
         trace, profile_steps, progress,
@@ -126,7 +127,7 @@ def check_execution(
 
 
 def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if not _is_whole(value) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1; got {value!r}")
     return int(value)
 
@@ -141,3 +142,19 @@ def _chains(chains: Sequence[int] | None, num_chains: int) -> frozenset[int]:
             f"got {chains!r}"
         )
     return asked
+
+
+def _window(steps: Any, num_steps: int) -> tuple[int, int]:
+    """Check which steps are traced: a first one of the run, and the one after the last."""
+    pair = isinstance(steps, Sequence) and len(steps) == 2 and all(map(_is_whole, steps))
+    if not pair or not 0 <= steps[0] < min(steps[1], num_steps):
+        raise ValueError(
+            "profile_steps must be two whole numbers, the first step to trace and the one after "
+            f"the last, such as {(0, min(10, num_steps))} in this run of {num_steps} steps; got "
+            f"{steps!r}"
+        )
+    return int(steps[0]), int(steps[1])
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

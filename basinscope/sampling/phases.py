@@ -71,8 +71,8 @@ class StepProfiler:
         self.running: Any = None
 
     def before_step(self, step: int) -> None:
-        """Start at the window's first step."""
-        if self.path is not None and step == self.first:
+        """Start at the window's first step, or where a resumed chain goes on after it."""
+        if self.path is not None and self.running is None and step >= self.first:
             self.running = torch.profiler.profile()
             self.running.__enter__()
             self.clock.annotate = True

@@ -57,10 +57,14 @@ def warn_about_rounding(job: SamplingJob) -> None:
 
 
 def unit(weights: Tensor) -> Tensor:
-    """Distance from each weight to the next larger number of its dtype, float32."""
-    _, exponent = torch.frexp(weights.float())
+    """Distance from each weight to the next larger number of its dtype, float32.
+
+    Zero and the subnormal numbers lie as close as the smallest normal ones.
+    """
+    dtype = torch.finfo(weights.dtype)
+    _, exponent = torch.frexp(weights.float().abs().clamp_min(dtype.smallest_normal))
     half = torch.full_like(weights, 0.5, dtype=torch.float32)
-    return torch.ldexp(half, exponent) * torch.finfo(weights.dtype).eps
+    return torch.ldexp(half, exponent) * dtype.eps
 
 
 def added_noise(ratio: Tensor) -> Tensor:

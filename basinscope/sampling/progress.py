@@ -38,40 +38,6 @@ def show_progress(
 
 
 @contextmanager
-def show_restrictions(names: list[str], show: bool | None) -> Iterator[Callable[[str], None]]:
-    """Give a function that is told which restriction is sampled next.
-
-    One bar for all of them on a terminal, a line for each elsewhere; nothing if ``show`` is False.
-    """
-    if show is False:
-        yield lambda name: None
-    elif show is None and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bars
-
-        columns = (
-            TextColumn("restriction {task.fields[name]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bars(*columns, console=Console(stderr=True)) as bars:
-            task = bars.add_task("", total=len(names), name="")
-            yield lambda name: bars.update(task, name=name, completed=names.index(name))
-            bars.update(task, completed=len(names))
-    else:
-        start = time.monotonic()
-
-        def say(name: str) -> None:
-            place, spent = names.index(name) + 1, time.monotonic() - start
-            text = f"restriction {name} ({place} of {len(names)}), {spent:.0f} s so far"
-            print(text, file=sys.stderr, flush=True)
-
-        yield say
-
-
-@contextmanager
 def show_count(noun: str, total: int, show: bool | None) -> Iterator[Callable[[int], None]]:
     """Give a function that is told how many of something are done.
 

@@ -18,6 +18,7 @@ from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.execution import check_execution
 from basinscope.sampling.findings import ModelReport
 from basinscope.sampling.loading import load_model, load_tokens, require_data
+from basinscope.sampling.numbers import parse_numbers
 
 SECTIONS = {
     "model": "a Hugging Face model: a directory or a name",
@@ -47,7 +48,7 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
         The file; its relative paths count from its own directory.
     overrides : mapping
         Arguments of :func:`basinscope.sample` that replace the file's; ``chains`` may be
-        a text ``"FIRST:END"``, and ``restriction`` replaces the file's.
+        a text such as ``"0,4:8"``, and ``restriction`` replaces the file's.
 
     Returns
     -------
@@ -119,21 +120,6 @@ def check_from_file(path: Path, *, batch_size: int, device: str | None) -> Model
     return replace(report, findings=(*report.findings, run))
 
 
-def parse_chains(text: str) -> list[int]:
-    """Read ``"FIRST:END"`` (END not included) or a single number.
-
-    Examples
-    --------
-    >>> parse_chains("0:3"), parse_chains("5")
-    ([0, 1, 2], [5])
-    """
-    first, _, end = text.partition(":")
-    try:
-        return list(range(int(first), int(end))) if end else [int(first)]
-    except ValueError as error:
-        raise ValueError(f"chains must be FIRST:END, like 0:4; got {text!r}") from error
-
-
 def _sample() -> Any:
     from basinscope.sampling.sample import sample
 
@@ -175,7 +161,8 @@ def _arguments(path: Path, plan: Mapping[str, Any], overrides: Mapping[str, Any]
             arguments["output_path"] = path.parent / local_path(plan["output"])
     arguments |= {"restriction": _restriction(path, plan), **overrides}
     if isinstance(arguments.get("chains"), str):
-        arguments["chains"] = parse_chains(arguments["chains"])
+        chains = parse_numbers("chains", arguments["chains"])
+        arguments["chains"] = None if chains == "all" else chains
     for required in ("lr", "n_beta"):
         if required not in arguments:
             raise ValueError(f"{path}: sampler needs {required}")

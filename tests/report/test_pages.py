@@ -81,6 +81,10 @@ def test_a_page_about_samples_has_the_llc_on_observables(tmp_path: Path) -> None
     assert escape(OBSERVABLES) in page
     assert f"{float(llc['llc_mean']):.3f} ± {float(llc['llc_mcse']):.3f}" in page
     assert "Leaves out the first 3 steps of each chain." in page
+    whole = samples_page(tree, tmp_path / "b.html", "s").read_text()
+    assert not set(SOURCE.findall(page)) & set(SOURCE.findall(whole))
+    shift = base64.b64decode(SOURCE.findall(page)[-1].partition(",")[2]).decode()
+    assert "mean of the draws after step 3 minus the checkpoint" in shift
 
 
 def test_a_page_without_observables_says_nothing_of_them(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import xarray as xr
 
 import basinscope
 from basinscope.io.store import DONE, SampleStore
+from basinscope.sampling.phases import PhaseClock, StepProfiler
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
 
@@ -93,6 +94,18 @@ def test_a_profile_names_the_phases(tmp_path: Path) -> None:
     text = trace.read_text()
     for phase in ("forward", "backward", "update", "observe"):
         assert text.count(f'"name": "{phase}"') >= 2, phase
+
+
+def test_a_chain_that_is_resumed_within_the_window_is_profiled_from_there(tmp_path: Path) -> None:
+    trace, clock = tmp_path / "trace.json", PhaseClock()
+    profiler = StepProfiler(trace, (2, 6), clock)
+    for step in (4, 5, 6):
+        profiler.before_step(step)
+        with clock(f"step {step}"):
+            pass
+        profiler.after_step(step)
+    text = trace.read_text()
+    assert [f'"step {step}"' in text for step in (4, 5, 6)] == [True, True, False]
 
 
 def test_the_time_of_interrupted_runs_is_kept(tmp_path: Path) -> None:

@@ -68,9 +68,24 @@ def test_steps_of_some_units_are_right_either_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_unit_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
-    weights = torch.tensor([1.0, 1.5, -3.0, 0.011, 100.0], dtype=dtype)
+    tiny = torch.finfo(dtype).smallest_normal
+    weights = torch.tensor([1.0, 1.5, -3.0, 0.011, 100.0, tiny, tiny / 4, 0.0], dtype=dtype)
     following = (weights.view(torch.int16) + 1).view(dtype)
-    torch.testing.assert_close(unit(weights), (following.float() - weights.float()).abs())
+    exact = (following.float() - weights.float()).abs()
+    torch.testing.assert_close(unit(weights), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_zero_weights_lose_no_step(rounding: str, tmp_path: Path) -> None:
+    """The next number to zero is 9e-41, so that weights that were pruned take any step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WeightRoundingWarning)
+        basinscope.sample(
+            Weights(0.0, 100), token_rows(4, 3, seed=1), {}, lr=1e-8, n_beta=1.0, num_chains=1,
+            num_draws=1, batch_size=2, num_init_loss_batches=1, weight_rounding=rounding,
+            loss_fn=lambda model, ids: (0 * model.w.float()).sum() + torch.ones(len(ids), 2),
+            output_path=tmp_path / "s.zarr", progress=False, device="cpu",
+        )  # fmt: skip
 
 
 def test_float32_weights_are_silent(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from basinscope.report.numbers import parse_numbers
+from basinscope.sampling.numbers import parse_numbers
 
 
 @pytest.mark.parametrize(
