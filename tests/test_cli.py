@@ -11,6 +11,7 @@ import pytest
 import typer
 import xarray as xr
 import yaml
+from tokenizers import Tokenizer, models
 from typer.testing import CliRunner, Result
 
 import basinscope
@@ -341,6 +342,25 @@ def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
     np.testing.assert_allclose(kept["llc_mean"], expected_llc["llc_mean"])
     both = json.loads(invoke("llc", store, store, "--json").stdout)
     assert [row["store"] for row in both] == [str(store)] * 2
+
+
+def test_tokens_of_a_selection_are_shown_in_their_own_text(tmp_path: Path) -> None:
+    tree = random_tree(0, tokens=8)
+    whole = basinscope.open_store(write_tree(tree, tmp_path / "s.zarr"))
+    whole.isel(token_pos=slice(4, None)).to_zarr(tmp_path / "late.zarr", consolidated=False)
+    Tokenizer(models.WordLevel({"?": 0}, unk_token="?")).save(str(tmp_path / "tokenizer.json"))
+    asked = ("bif", tmp_path / "late.zarr", "--top-k", "2", "--query", "1:6")
+    answer = invoke(*asked, "--observable", "a", "--tokenizer", tmp_path, "--json")
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.stdout)
+    ids = tree["input_ids_a"].to_numpy()
+    assert (found["query_target_position"], found["query_token"]) == ([6], [str(ids[1, 6])])
+    places = (np.ravel(found[f"partner_{name}"]) for name in ("batch", "target_position", "token"))
+    for batch, position, text in zip(*places, strict=True):
+        assert position in range(5, 9)
+        assert text == str(ids[batch, position])
+    refused = flat(invoke(*asked[:-1], "1:4"))
+    assert "there are sequences 0 to 4 and positions 5 to 8" in refused
 
 
 def test_stores_of_one_name_are_refused_before_any_work(

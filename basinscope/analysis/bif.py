@@ -16,6 +16,7 @@ from basinscope.analysis.graphs import without_copy
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Blocks, Influence, Plan, plan_influence
 from basinscope.analysis.products import check_device, product
+from basinscope.analysis.selections import in_words, numbers_along
 from basinscope.analysis.stores import Samples, choose_observables, open_samples, unread
 from basinscope.analysis.top_k import Partners, best_partners, merge_partners, query_traces
 from basinscope.analysis.traces import (
@@ -25,6 +26,7 @@ from basinscope.analysis.traces import (
     gather_traces,
     standardise,
 )
+from basinscope.io import dims
 from basinscope.io.results import begun_chunks, digest, write_result
 
 MERGED_AT_ONCE = 2  # blocks whose partners are merged in one task
@@ -81,9 +83,9 @@ def compute_bif(
     top_k : int, optional
         Keep only the strongest positive and negative partners of each query token.
     queries : "all" or sequence of (int, int)
-        For ``top_k``: (batch, target_position) of each query token, positions counted from 1.
-        "all" asks for every token of ``batch_index_range_1``. Partners are looked for in
-        ``batch_index_range_2``.
+        For ``top_k``: (batch, target_position) of each query token, positions counted from 1,
+        also those of a selection as the whole store has them. "all" asks for every token of
+        ``batch_index_range_1``. Partners are looked for in ``batch_index_range_2``.
     output_path : path, optional
         Compute now, and write block by block to a Zarr store, for results larger than memory. The
         same call continues where it was stopped.
@@ -108,7 +110,8 @@ def compute_bif(
     Raises
     ------
     ValueError
-        If an argument is wrong, or the store has fewer than two samples.
+        If an argument is wrong, the store has fewer than two samples, or a selection lacks ids of
+        tokens.
     PlanError
         If the memory does not suffice; says what would.
     StoreMismatchError
@@ -252,7 +255,8 @@ class _Problem:
         self.rows_2 = _rows(options.batch_index_range_2, count, "batch_index_range_2")
         if options.top_k is not None:  # a candidate that is given twice is one partner
             self.rows_2 = np.unique(self.rows_2)
-        self.queries = _query_tokens(options.queries, self.rows_1, count, self.traces.tokens)
+        self.positions = numbers_along(samples.dataset, dims.TOKEN_POS)
+        self.queries = _query_tokens(options.queries, self.rows_1, count, self.positions)
         self.size = Influence(
             self.traces.layouts, self.rows_1, self.rows_2, self.traces.samples, options.kind,
             self.queries[0], options.top_k or 0, mean,
@@ -286,12 +290,8 @@ def _between_tokens(problem: _Problem, blocks: Blocks) -> Contents:
     influences = da.concatenate(
         [da.concatenate([block(at_1, at_2) for at_2 in cuts_2], axis=1) for at_1 in cuts_1], axis=0
     )
-    positions = np.arange(1, tokens + 1)
-    return _labelled(
-        problem,
-        without_copy(influences),
-        {"target_position": positions, "target_position_T": positions},
-    )
+    positions = {name: problem.positions for name in ("target_position", "target_position_T")}
+    return _labelled(problem, without_copy(influences), positions)
 
 
 def _held_traces(problem: _Problem, rows: np.ndarray, block: int) -> list[tuple[slice, Delayed]]:
@@ -434,7 +434,8 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
                 delayed(merge_partners)(parts[i : i + MERGED_AT_ONCE], k, padded=False)
                 for i in range(0, len(parts), MERGED_AT_ONCE)
             ]
-        found.append(delayed(merge_partners)(parts, k, padded=True))
+        merged = delayed(merge_partners)(parts, k, padded=True)
+        found.append(delayed(_at_positions)(merged, problem.positions))
     sizes = [at.stop - at.start for at in _cuts(len(sequences), blocks.queries)]
     fields = [
         da.concatenate(
@@ -459,8 +460,14 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
         "sign": list(SIGNS),
         "rank": np.arange(1, k + 1),
         "query_batch": ("query", sequences),
-        "query_target_position": ("query", tokens + 1),
+        "query_target_position": ("query", problem.positions[tokens]),
     }
+
+
+def _at_positions(partners: Partners, positions: np.ndarray) -> Partners:
+    """Name tokens, until here counted from 1, by their positions in the store."""
+    tokens = partners.tokens
+    return partners._replace(tokens=np.where(tokens < 0, -1, positions[tokens.clip(1) - 1]))
 
 
 def _queries(
@@ -512,7 +519,16 @@ def _influence_attrs(options: BifOptions) -> dict[str, str]:
 
 
 def _input_ids(problem: _Problem) -> xr.Variable:
-    ids = [unread(problem.samples.dataset.variables[f"input_ids_{key}"]) for key in problem.keys]
+    dataset = problem.samples.dataset
+    variables = [dataset.variables[f"input_ids_{key}"] for key in problem.keys]
+    known, wanted = numbers_along(dataset, str(variables[0].dims[1])), problem.positions
+    if not np.array_equal(known, np.arange(len(known))) or (wanted >= len(known)).any():
+        raise ValueError(
+            f"{problem.samples.name} has losses at positions {in_words(wanted)} and token ids at "
+            f"{in_words(known)}, and ids are found by their position: select along token_pos only, "
+            "and keep all of token"
+        )
+    ids = [unread(variable) for variable in variables]
     if len(ids) > 1:
         held = all(isinstance(values, np.ndarray) for values in ids)
         ids = [np.concatenate(ids) if held else da.concatenate(ids)]
@@ -536,23 +552,29 @@ def _rows(wanted: Literal["all"] | Sequence[int], count: int, name: str) -> np.n
 
 
 def _query_tokens(
-    wanted: Literal["all"] | Sequence[tuple[int, int]], rows: np.ndarray, count: int, tokens: int
+    wanted: Literal["all"] | Sequence[tuple[int, int]],
+    rows: np.ndarray,
+    count: int,
+    positions: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Give sequence and token (from 0) of each query."""
+    tokens = len(positions)
     if _is_all(wanted):
         return np.repeat(rows, tokens), np.tile(np.arange(tokens), len(rows))
     pairs = _as_array(wanted)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs) or pairs.dtype.kind not in "iu":
         raise ValueError("queries: give 'all' or a list of (batch, target_position) pairs")
-    sequences, positions = pairs.T.astype(np.int64)
-    outside = (sequences < 0) | (sequences >= count) | (positions < 1) | (positions > tokens)
+    sequences, asked = pairs.T.astype(np.int64)
+    places = {position: place for place, position in enumerate(positions.tolist())}
+    found = np.array([places.get(position, -1) for position in asked.tolist()])
+    outside = (sequences < 0) | (sequences >= count) | (found < 0)
     if outside.any():
         first = tuple(int(n) for n in pairs[outside][0])
         raise ValueError(
             f"queries ask for (batch, target_position) {first}: there are sequences 0 to "
-            f"{count - 1} and positions 1 to {tokens}"
+            f"{count - 1} and positions {in_words(positions)}"
         )
-    return sequences, positions - 1
+    return sequences, found
 
 
 def _as_array(wanted: Any) -> np.ndarray:

@@ -23,7 +23,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
-from basinscope.analysis.selections import row_numbers
+from basinscope.analysis.selections import numbers_along, row_numbers
 from basinscope.analysis.stores import (
     Samples,
     choose_observables,
@@ -72,7 +72,7 @@ def compute_llc(
         - ``init_loss``: mean loss at the checkpoint, nats
         - ``llc_per_chain (chain)``, ``llc_mean``, ``llc_std`` (population, over chains)
         - ``llc_scalar``: from all losses at once
-        - ``llc_token (token_pos)``: of each token position, by the same formula
+        - ``llc_token (token_pos)``: of each token position, from 1, by the same formula
         - ``llc_running (chain, step)``: from the steps up to and including this one
         - ``llc_mcse``, ``rhat``, ``ess_bulk``: standard error of ``llc_mean``, split R-hat and
           effective sample size; see :func:`basinscope.analysis.diagnostics.error_of_rise` and
@@ -138,7 +138,11 @@ def compute_llc(
         )
     known_rows = row_numbers(opened.dataset, row)
     in_store = np.arange(skipped + longest) if known_rows is None else known_rows
-    coords = {dims.CHAIN: list(opened.chains), row: in_store[skipped : skipped + longest]}
+    coords = {
+        dims.CHAIN: list(opened.chains),
+        row: in_store[skipped : skipped + longest],
+        dims.TOKEN_POS: numbers_along(opened.dataset, dims.TOKEN_POS),
+    }
     return xr.Dataset(variables, coords, opened.provenance)
 
 

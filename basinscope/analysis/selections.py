@@ -13,8 +13,10 @@ import numpy as np
 import xarray as xr
 
 from basinscope.io import dims
-from basinscope.io.store import sampler_settings
+from basinscope.io.store import counted, sampler_settings
 from basinscope.io.stored import assembled
+
+MOST_NUMBERS = 12  # that a message lists
 
 
 class Selected:
@@ -87,6 +89,28 @@ def row_numbers(dataset: xr.Dataset, row: str) -> np.ndarray | None:
         return dataset[row].values
     count = dataset.sizes.get(row, 0)
     return np.arange(count) if count == _planned(dataset, row, count) else None
+
+
+def numbers_along(dataset: xr.Dataset, dim: str) -> np.ndarray:
+    """Give the numbers that sequences or token positions have in the store, also in a selection.
+
+    Those that have none are counted as if they were all that the store has.
+    """
+    if dim in dataset.coords and dataset[dim].dtype.kind in "iu":
+        return dataset[dim].values.astype(np.int64)
+    return counted(dim, dataset.sizes[dim])
+
+
+def in_words(numbers: np.ndarray) -> str:
+    """Say which numbers there are, for messages: "1 to 32", or the first of them."""
+    if not len(numbers):
+        return "none"
+    first, last = int(numbers[0]), int(numbers[-1])
+    if np.array_equal(numbers, np.arange(first, last + 1)):
+        return f"{first} to {last}"
+    shown = ", ".join(str(number) for number in numbers[:MOST_NUMBERS].tolist())
+    left_out = len(numbers) - MOST_NUMBERS
+    return f"{shown} and {left_out} more" if left_out > 0 else shown
 
 
 def count_written(

@@ -22,6 +22,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_susceptibilities, sequence_blocks
+from basinscope.analysis.selections import in_words, numbers_along
 from basinscope.analysis.stores import (
     Part,
     Samples,
@@ -31,6 +32,7 @@ from basinscope.analysis.stores import (
     open_samples,
     unread,
 )
+from basinscope.io import dims
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
@@ -85,8 +87,8 @@ def compute_susceptibilities(
         Lazy, but for token ids in memory. ``/susceptibilities``: ``sus (sus_flat, wr)``, float64,
         in nats², with coordinates ``dataset_id``, ``batch``, ``target_position`` (from 1) along
         ``sus_flat``. ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``,
-        ``position`` (from 0). Attribute ``dataset_id_to_name`` of both names the observables,
-        sorted.
+        ``position`` (from 0). Of a selection, they are the numbers that the store has. Attribute
+        ``dataset_id_to_name`` of both names the observables, sorted.
 
     Raises
     ------
@@ -231,6 +233,17 @@ def _require_alike(
             for key in sorted(ours.keys() & theirs.keys())
             if ours[key] != theirs[key] and key not in MAY_DIFFER
         ]
+    moved = [store.config.get("param_masks", {}).get("elements", 0) for store in (full, other)]
+    if moved[0] < moved[1]:
+        differences.append(
+            f"weights that move: {moved[0]:,} in {full_name!r}, which are to be all of them, "
+            f"{moved[1]:,} in {name!r}"
+        )
+    known, given = (numbers_along(store.dataset, dims.TOKEN_POS) for store in (full, other))
+    if not np.array_equal(known, given):
+        differences.append(
+            f"token positions: {in_words(known)} in {full_name!r}, {in_words(given)} in {name!r}"
+        )
     for obs_id in observables:
         if obs_id not in other.observables:
             differences.append(
@@ -347,9 +360,8 @@ def _flattened(
     probes = list(ids)
     names = {"dataset_id_to_name": probes}
     variables = full.dataset.variables
-    shapes = [variables[f"loss_{obs_id}"].shape[2:] for obs_id in probes]
+    losses = [variables[f"loss_{obs_id}"] for obs_id in probes]
     contexts = [variables[f"input_ids_{obs_id}"] for obs_id in probes]
-    sizes = [context.shape for context in contexts]
     flat_ids = [
         da.from_delayed(flat, (context.size,), context.dtype) if isinstance(flat, Delayed) else flat
         for flat, context in zip(ids.values(), contexts, strict=True)
@@ -362,8 +374,8 @@ def _flattened(
         "ctx_flat", np.concatenate(flat_ids),
         {"long_name": "token ids of the sequences", "units": "1"},
     )  # fmt: skip
-    flat = _flat_coordinates("sus_flat", shapes, "target_position", 1)
-    flat_context = _flat_coordinates("ctx_flat", sizes, "position", 0)
+    flat = _flat_coordinates("sus_flat", full.dataset, losses, "target_position")
+    flat_context = _flat_coordinates("ctx_flat", full.dataset, contexts, "position")
     tree = xr.DataTree(xr.Dataset(attrs=full.provenance))
     tree.children = {
         "susceptibilities": xr.DataTree(
@@ -375,16 +387,19 @@ def _flattened(
 
 
 def _flat_coordinates(
-    dim: str, shapes: Sequence[tuple[int, ...]], position: str, origin: int
+    dim: str, dataset: xr.Dataset, variables: Sequence[xr.Variable], position: str
 ) -> dict[str, tuple[str, np.ndarray]]:
+    """Number sequences and tokens, the last two dimensions of the variables, as the store does."""
+    shapes = [variable.shape[-2:] for variable in variables]
     total = sum(sequences * tokens for sequences, tokens in shapes)
     columns = {name: np.empty(total, np.int64) for name in ("dataset_id", "batch", position)}
     first = 0
-    for dataset, (sequences, tokens) in enumerate(shapes):
-        flat = slice(first, first + sequences * tokens)
-        columns["dataset_id"][flat] = dataset
-        columns["batch"][flat].reshape(sequences, tokens)[:] = np.arange(sequences)[:, None]
-        columns[position][flat].reshape(sequences, tokens)[:] = np.arange(origin, origin + tokens)
+    for number, (variable, shape) in enumerate(zip(variables, shapes, strict=True)):
+        batch, token = (numbers_along(dataset, str(along)) for along in variable.dims[-2:])
+        flat = slice(first, first + len(batch) * len(token))
+        columns["dataset_id"][flat] = number
+        columns["batch"][flat].reshape(shape)[:] = batch[:, None]
+        columns[position][flat].reshape(shape)[:] = token
         first = flat.stop
     return {name: (dim, column) for name, column in columns.items()}
 

@@ -57,7 +57,8 @@ def open_store(path: str | os.PathLike[str]) -> xr.DataTree:
     Returns
     -------
     xr.DataTree
-        Dask-backed, one Dask chunk per file of the store.
+        Dask-backed, one Dask chunk per file of the store. Every dimension is numbered: from 0, and
+        ``token_pos`` from 1, the position of the token whose loss it is.
 
     Raises
     ------
@@ -105,8 +106,9 @@ def read_tree(path: Path) -> xr.DataTree:
     with _explained(path):
         tree = xr.open_datatree(path, engine="zarr", consolidated=False)
     dataset = tree.dataset
+    whole = dataset.attrs.get("completed") == 1 and not dataset.attrs.get("failed_chains")
     read_in_parts = {
-        name: variable.copy(data=_dask_array(stored))
+        name: variable.copy(data=_dask_array(_recorded(stored, str(name)) if whole else stored))
         for name, variable in dataset.data_vars.items()
         if (stored := stored_at(path / str(name), variable.variable))
     }
@@ -115,14 +117,22 @@ def read_tree(path: Path) -> xr.DataTree:
 
 
 def _numbered(dataset: xr.Dataset, records: int) -> xr.Dataset:
-    """Number every dimension from 0, so that a selection still knows what it was taken from.
+    """Number every dimension, so that a selection still knows what it was taken from.
 
     A selection that was saved has its numbers; chains of which it is unknown have none.
     """
     sizes = {dim: size for dim, size in dataset.sizes.items() if dim not in dataset.coords}
     if records and sizes.get(dims.CHAIN) != records:
         sizes.pop(dims.CHAIN, None)
-    return dataset.assign_coords({dim: np.arange(size) for dim, size in sizes.items()})
+    return dataset.assign_coords({dim: counted(str(dim), n) for dim, n in sizes.items()})
+
+
+def counted(dim: str, size: int) -> np.ndarray:
+    """Number what a store has along a dimension, from 0; token positions from 1.
+
+    A loss has the position of its token in the sequence, whose first token has none.
+    """
+    return np.arange(size) + (dim == dims.TOKEN_POS)
 
 
 def read_root(path: Path) -> xr.Dataset:
@@ -141,6 +151,12 @@ def _explained(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} has a damaged zarr.json ({error}): restore it from a copy, or sample anew"
         ) from error
+
+
+def _recorded(stored: StoredArray, name: str) -> StoredArray:
+    """Make what a store has of losses once all its chains are done an error where it is missing."""
+    is_loss = name.startswith(("loss_", "sampling_loss", "init_loss"))
+    return stored.written() if is_loss else stored
 
 
 def _dask_array(stored: StoredArray) -> da.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import xarray as xr
 
 import basinscope
 from basinscope.analysis.bif import plan_bif as plan_of_bif
+from basinscope.analysis.selections import in_words
 from basinscope.io.store import SampleStore, StoreMismatchError, is_store
 from tests.analysis.stores_random import random_tree, write_devinterp_tree
 from tests.analysis.stores_recorded import fail, recorded_store
@@ -50,7 +52,8 @@ def test_a_store_can_be_cut_along_every_dimension(by: str, store: Path, tmp_path
     for dim, size in tree.sizes.items():
         cut = tree.isel({dim: slice(1, None)})
         assert cut.sizes[dim] == size - 1
-        assert cut[str(dim)].values.tolist() == list(range(1, size))
+        first = 2 if dim == "token_pos" else 1  # the first token of a sequence has no loss
+        assert cut[str(dim)].values.tolist() == list(range(first, first + size - 1))
         assert set(cut.children) == set(tree.children)
 
 
@@ -92,6 +95,118 @@ def test_an_unfinished_store_without_its_records_says_how_to_keep_them(tmp_path:
     dataset.attrs["schema_version"] = 1
     with pytest.raises(ValueError, match=r"was not completed.*select with tree\.isel"):
         basinscope.compute_llc(xr.DataTree(dataset))
+
+
+@pytest.mark.parametrize("positions", [[2, 3, 4], [1, 3], [4, 2]])
+def test_token_positions_of_a_selection_are_those_of_the_store(
+    positions: list[int], store: Path, tmp_path: Path
+) -> None:
+    whole = opened(store).isel(chain=[1, 2, 3])
+    cut = whole.sel(token_pos=positions)
+    path = saved(cut, tmp_path / "cut.zarr")
+    of_pairs = {"target_position": positions, "target_position_T": positions}
+    between = basinscope.compute_bif(whole).sel(of_pairs).compute()
+    of_tokens = basinscope.compute_llc(whole)["llc_token"].sel(token_pos=positions).compute()
+    for source in (cut, path, opened(path)):
+        got = basinscope.compute_bif(source).compute()
+        xr.testing.assert_allclose(got, between, atol=1e-6)
+        llc = basinscope.compute_llc(source)["llc_token"].compute()
+        xr.testing.assert_allclose(llc, of_tokens)
+        queries = [(0, positions[-1]), (4, positions[0])]
+        strongest = basinscope.compute_bif(source, top_k=2, queries=queries).compute()
+        asked = (
+            strongest[f"query_{name}"].values.tolist() for name in ("batch", "target_position")
+        )
+        assert [*zip(*asked, strict=True)] == queries
+        found = between["influences"].sel(
+            batch_1=strongest["query_batch"],
+            batch_2=strongest["partner_batch"],
+            target_position=strongest["query_target_position"],
+            target_position_T=strongest["partner_target_position"],
+        )
+        there = found.transpose(*strongest["influences"].dims)
+        np.testing.assert_allclose(strongest["influences"], there, atol=1e-6)
+        everyone = basinscope.compute_bif(source, top_k=1)["query_target_position"]
+        assert everyone.values.tolist() == positions * 5
+
+
+def test_a_partner_that_is_missing_has_no_position(store: Path) -> None:
+    alone = opened(store).isel(chain=[1, 2, 3], batch_a=[0]).sel(token_pos=[3])
+    got = basinscope.compute_bif(alone, loss_keys=["a"], top_k=1).compute()
+    assert got["partner_target_position"].values.tolist() == [[[-1]], [[-1]]]
+
+
+@pytest.mark.parametrize(
+    ("positions", "query", "said"),
+    [
+        ([2, 3, 4], (0, 1), "(0, 1): there are sequences 0 to 4 and positions 2 to 4"),
+        ([1, 3], (1, 2), "(1, 2): there are sequences 0 to 4 and positions 1, 3"),
+        ([2, 3, 4], (5, 2), "(5, 2): there are sequences 0 to 4 and positions 2 to 4"),
+    ],
+)
+def test_a_query_of_what_was_not_selected_is_refused(
+    positions: list[int], query: tuple[int, int], said: str, store: Path
+) -> None:
+    cut = opened(store).isel(chain=[1, 2, 3]).sel(token_pos=positions)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        basinscope.compute_bif(cut, top_k=1, queries=[query])
+
+
+def test_a_message_lists_the_first_of_many_positions() -> None:
+    assert in_words(np.arange(1, 40, 3)) == "1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34 and 1 more"
+    assert in_words(np.arange(0)) == "none"
+
+
+@pytest.mark.parametrize(("tokens", "there"), [(slice(1, None), "1 to 4"), (slice(3), "0 to 2")])
+def test_token_ids_that_no_position_finds_are_refused(
+    tokens: slice, there: str, store: Path
+) -> None:
+    cut = opened(store).isel(chain=[1, 2, 3], token=tokens)
+    with pytest.raises(ValueError, match=f"losses at positions 1 to 4 and token ids at {there}"):
+        basinscope.compute_bif(cut)
+
+
+def test_token_ids_up_to_the_last_position_suffice(store: Path) -> None:
+    tree = opened(store).isel(chain=[1, 2, 3])
+    ids = basinscope.compute_bif(tree.isel(token=slice(3), token_pos=slice(2)))["input_ids"]
+    np.testing.assert_array_equal(ids[:3], tree["input_ids_a"][:, :3])
+
+
+def test_positions_without_numbers_are_counted(store: Path) -> None:
+    tree = opened(store).isel(chain=[1, 2, 3])
+    tree.dataset = tree.dataset.drop_vars(["token_pos", "token", "batch_a", "batch_b"])
+    got = basinscope.compute_bif(tree)
+    assert got["target_position"].values.tolist() == [1, 2, 3, 4]
+    assert basinscope.compute_llc(tree)["token_pos"].values.tolist() == [1, 2, 3, 4]
+
+
+def test_susceptibilities_of_a_selection_are_numbered_as_in_the_store(tmp_path: Path) -> None:
+    paths = {
+        name: recorded_store(tmp_path / f"{name}.zarr", random_tree(seed, draws=15, steps=15))
+        for seed, name in enumerate(["full", "l0"])
+    }
+    chosen: dict[str, Any] = {"token_pos": [4, 2], "batch_a": [2, 0]}
+    trees = {name: opened(path) for name, path in paths.items()}
+    whole = basinscope.compute_susceptibilities(trees, "b").compute()
+    cut = {name: tree.sel(chosen) for name, tree in trees.items()}
+    kept = {name: saved(tree, tmp_path / f"{name}_cut.zarr") for name, tree in cut.items()}
+    names = ["dataset_id", "batch", "target_position"]
+    sources: list[dict[str, Any]] = [cut, kept]
+    for source in sources:
+        got = basinscope.compute_susceptibilities(source, "b").compute()
+        sus = got["susceptibilities"].to_dataset()
+        places = [*zip(*(sus[name].values.tolist() for name in names), strict=True)]
+        assert places == [(0, 2, 4), (0, 2, 2), (0, 0, 4), (0, 0, 2)]
+        context = got["context"].to_dataset()
+        ids = whole["context"].to_dataset().set_index(ctx_flat=["batch", "position"])["input_ids"]
+        assert len(context["batch"]) == 2 * 5
+        for batch, position, token in zip(
+            *(context[name].values for name in ("batch", "position", "input_ids")), strict=True
+        ):
+            assert ids.sel(batch=batch, position=position) == token
+    other = {"full": cut["full"], "l0": trees["l0"].sel({**chosen, "token_pos": [1, 2]})}
+    with pytest.raises(ValueError, match="token positions: 4, 2 in 'full', 1 to 2 in 'l0'"):
+        basinscope.compute_susceptibilities(other, "b")
 
 
 @pytest.mark.parametrize("first", [10, 25])

@@ -196,6 +196,18 @@ def test_settings_that_differ_are_named_with_both_sides(config: dict[str, Any], 
     assert "l0h1" not in str(caught.value)
 
 
+def test_a_full_run_that_moves_less_than_a_part_is_refused() -> None:
+    settings = {"sampler": {"n_beta": 10.0}}
+    runs = {
+        "full": with_config(TREES["full"], {**settings, "param_masks": {"elements": 1200}}),
+        "l0": with_config(TREES["embed"], {**settings, "param_masks": {"elements": 9000}}),
+    }
+    with pytest.raises(ValueError, match=r"weights that move: 1,200 in 'full'.*, 9,000 in 'l0'"):
+        basinscope.compute_susceptibilities(runs, "task")
+    swapped = {"full": runs["l0"], "l0": runs["full"]}
+    basinscope.compute_susceptibilities(swapped, "task")
+
+
 def test_settings_that_change_no_comparison_may_differ() -> None:
     own = {"sampler": {"n_beta": 10.0, "cores": 1, "init_seed": 5, "save_metrics": False}}
     other = {"sampler": {"n_beta": 10.0, "cores": 8, "init_seed": 6, "save_metrics": True}}
