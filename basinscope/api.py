@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -216,17 +217,17 @@ def susceptibilities(
     masks = {name: _masks_of(model, wanted) for name, wanted in weight_restrictions.items()}
     arguments = (model, dataset, observables)
     settings = {"lr": lr, "n_beta": n_beta, "loss_fn": loss_fn, "progress": False, **sample_kwargs}
-    each = {
-        name: {**settings, "param_masks": param_masks, "output_path": paths[name]}
+    each: dict[str, dict[str, Any]] = {
+        name: {"param_masks": param_masks, "output_path": paths[name]}
         for name, param_masks in masks.items()
     }
     if client is not None:
-        _sample_on(client, arguments, each, progress)
+        _sample_on(client, (arguments, settings), each, progress)
     trees = {}
     with show_count("restriction", len(each), False if client is not None else progress) as report:
         report(0)
         for name, one in each.items():
-            trees[name] = sample(*arguments, **one)
+            trees[name] = sample(*arguments, **{**settings, **one})
             report(len(trees))
     return compute_susceptibilities(
         trees, sampling_task, include_sampling_task=include_sampling_task
@@ -267,7 +268,7 @@ def plan(
 
 def _sample_on(
     client: Client,
-    arguments: tuple[Any, ...],
+    shared: tuple[tuple[Any, ...], Mapping[str, Any]],
     each: Mapping[str, Mapping[str, Any]],
     progress: bool | None,
 ) -> None:
@@ -276,8 +277,8 @@ def _sample_on(
 
     from basinscope.sampling.progress import show_count
 
-    shared = client.scatter(arguments, broadcast=True, hash=False)
-    tasks = [client.submit(_sample_store, shared, one, pure=False) for one in each.values()]
+    sent = client.scatter(_packed(shared), broadcast=True, hash=False)
+    tasks = [client.submit(_sample_store, sent, _packed(one), pure=False) for one in each.values()]
     with show_count("restriction", len(tasks), progress) as report:
         report(0)
         for done, task in enumerate(as_completed(tasks), start=1):
@@ -285,10 +286,32 @@ def _sample_on(
             report(done)
 
 
-def _sample_store(arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> None:
+def _packed(what: Any) -> bytes:
+    """Pickle for a cluster, as for worker processes.
+
+    Distributed's own way with modules spoils the dicts of their hooks, and unties tied weights.
+    """
+    import cloudpickle
+    import torch
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(what, buffer, pickle_module=cloudpickle)
+    except Exception as error:
+        raise TypeError(
+            f"the model, the data or loss_fn cannot be sent to a cluster ({error}): leave client "
+            "out, or define them without open files, locks or generators"
+        ) from error
+    return buffer.getvalue()
+
+
+def _sample_store(shared: bytes, own: bytes) -> None:
+    import torch
+
     from basinscope.sampling.sample import sample
 
-    sample(*arguments, **settings)
+    arguments, settings = torch.load(io.BytesIO(shared), weights_only=False)
+    sample(*arguments, **{**settings, **torch.load(io.BytesIO(own), weights_only=False)})
 
 
 def _require_traces(observables: Any, settings: Mapping[str, Any]) -> None:

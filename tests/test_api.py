@@ -130,6 +130,44 @@ def test_restrictions_are_sampled_on_a_cluster(
     assert stores == ["s_full.zarr", "s_l0.zarr", "s_l1h0.zarr"]
 
 
+def test_a_cluster_of_processes_samples_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied weights stay tied, in a loss too, and a relative path is of this process."""
+    distributed = pytest.importorskip("distributed")
+    observables = {"task": token_rows(30, 9, seed=2), "b": token_rows(30, 9, seed=3)}
+    problem = (tiny_model("gpt2"), token_rows(40, 9, seed=1), observables, ["full", "embed"])
+    options: dict[str, Any] = {**SETTINGS, "sampling_task": "task", "progress": False}
+    with distributed.Client(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as client:
+        monkeypatch.chdir(tmp_path)  # which the workers do not see
+        for name, loss_fn in {"own": None, "kl": divergence_from(tiny_model("gpt2"))}.items():
+            options |= {"loss_fn": loss_fn}
+            here = basinscope.susceptibilities(*problem, **options).compute()
+            there = basinscope.susceptibilities(
+                *problem, **options, output_path=f"{name}.zarr", client=client
+            ).compute()
+            np.testing.assert_array_equal(
+                here["susceptibilities/sus"], there["susceptibilities/sus"]
+            )
+    stores = sorted(path.name for path in tmp_path.iterdir())
+    assert stores == ["kl_embed.zarr", "kl_full.zarr", "own_embed.zarr", "own_full.zarr"]
+    parameters = sum(p.numel() for p in problem[0].parameters())
+    config = basinscope.open_store(tmp_path / "own_full.zarr").attrs["metadata"]["config"]
+    assert config["model"]["parameters"] == parameters
+
+
+def divergence_from(reference: torch.nn.Module) -> Callable[[torch.nn.Module, Any], Any]:
+    def loss_fn(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            at = reference(ids).logits[:, :-1].log_softmax(-1)
+        apart = at - model(ids).logits[:, :-1].log_softmax(-1)
+        return (at.exp() * apart).sum(-1) + apart.square().sum(-1)
+
+    return loss_fn
+
+
 ONE_SAMPLE = {"num_chains": 1, "num_draws": 1}
 
 

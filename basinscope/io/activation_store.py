@@ -118,6 +118,11 @@ def require_activations(path: Path) -> dict[str, Any]:
             f"{path} is not a store of activations (a Zarr v3 group of kind {KIND!r}): pass what "
             "extract_dataset() or ActivationSaver.save() wrote"
         )
+    if "layout" not in attributes:
+        raise ValueError(
+            f"{path} holds a part of a store of activations that xarray saved, without what tells "
+            "how they lie: give the store itself, and select from what open_activations() gives"
+        )
     return attributes
 
 

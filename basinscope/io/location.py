@@ -14,14 +14,21 @@ from pathlib import Path
 from basinscope.io.durable import settle, settle_tree
 
 
-def local_path(path: str | os.PathLike[str], of: str = "a store") -> Path:
-    """Turn what a user gives into a path, ``~`` expanded.
+def local_path(
+    path: str | os.PathLike[str], of: str = "a store", start: Path | None = None
+) -> Path:
+    """Turn what a user gives into an absolute path, ``~`` expanded.
+
+    What is read later, or in another process, must not depend on the directory that is then the
+    working one.
 
     Parameters
     ----------
     path : path
     of : str
         What is there, for messages.
+    start : Path, optional
+        Where a relative path starts. Default: the working directory.
 
     Raises
     ------
@@ -32,8 +39,8 @@ def local_path(path: str | os.PathLike[str], of: str = "a store") -> Path:
 
     Examples
     --------
-    >>> local_path("runs/s.zarr").as_posix()
-    'runs/s.zarr'
+    >>> local_path("s.zarr", start=Path("/runs")).as_posix()
+    '/runs/s.zarr'
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
@@ -47,7 +54,7 @@ def local_path(path: str | os.PathLike[str], of: str = "a store") -> Path:
             f"{text!r} is a URL: {of} is read and written on this machine's file systems only; "
             "mount the place and give its path"
         )
-    return Path(text).expanduser()
+    return (start or Path()).joinpath(Path(text).expanduser()).absolute()
 
 
 def require_place(path: Path) -> None:

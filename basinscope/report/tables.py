@@ -76,7 +76,29 @@ def llc_notes(llc: xr.Dataset) -> list[str]:
         "± is the standard error. An R-hat below 1.01 says that the chains agree; a drift (second "
         "half minus first) far beyond its error, that they have not arrived. Fewer than about 100 "
         "effective samples are too few to judge.",
+        *_note_of_settling(llc),
         *_note_of_burn_in(llc),
+    ]
+
+
+def _note_of_settling(llc: xr.Dataset) -> list[str]:
+    """Say where a chain has too few steps to arrive, which its own traces need not show.
+
+    Where the loss is flat, a chain of plain SGLD forgets its start in 2 / (ε γ) steps.
+    """
+    settings = sampler_settings(llc.attrs)
+    pull = float(settings.get("lr", 0)) * float(settings.get("localization", 0))
+    if not pull or "num_draws" not in settings or settings.get("sampling_method") != "sgmcmc_sgld":
+        return []
+    steps = int(settings["num_draws"]) * int(settings.get("num_steps_bw_draws", 1))
+    steps += int(settings.get("num_burnin_steps", 0))
+    settling = 2 / pull
+    if steps >= settling:
+        return []
+    return [
+        f"Where the loss is flat, chains take about 2 / (lr * localization) = {settling:,.0f} "
+        f"steps to forget their start, and these have {steps:,}: the LLC is likely too low, "
+        "whatever R-hat and drift say. Raise lr, or take more steps."
     ]
 
 

@@ -515,7 +515,8 @@ def _rounding_effect(trial: _Trial, plain: Tensor) -> float:
         exact = output.to(torch.promote_types(output.dtype, torch.float32))
         share = torch.rand(exact.shape, generator=generator, dtype=exact.dtype, device=exact.device)
         eps = torch.finfo(output.dtype).eps
-        return (exact + exact * (2 * share - 1) * eps).to(output.dtype)
+        error = torch.nan_to_num(exact * (2 * share - 1) * eps, 0.0, 0.0, 0.0)  # of masked scores
+        return (exact + error).to(output.dtype)
 
     leaves = [module for module in trial.model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(round_again) for module in leaves]

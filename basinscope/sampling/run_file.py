@@ -158,7 +158,7 @@ def _arguments(path: Path, plan: Mapping[str, Any], overrides: Mapping[str, Any]
     _refuse_unknown(path, "sampler", arguments, set(parameters) - NOT_IN_FILE)
     if "output" in plan:
         with _named(f"{path}, output"):
-            arguments["output_path"] = path.parent / local_path(plan["output"])
+            arguments["output_path"] = local_path(plan["output"], start=path.parent)
     arguments |= {"restriction": _restriction(path, plan), **overrides}
     if isinstance(arguments.get("chains"), str):
         chains = parse_numbers("chains", arguments["chains"])
@@ -238,7 +238,7 @@ def _source(config: Path, where: str, given: Any) -> tuple[_Source, int | None]:
     if "path" not in options:
         raise ValueError(f"{config}: {where} needs a path")
     with _named(f"{config}, {where if isinstance(given, str) else f'{where}.path'}"):
-        path = config.parent / local_path(options.pop("path"), "a data set")
+        path = local_path(options.pop("path"), "a data set", start=config.parent)
         require_data(path)
     for name, value in options.items():
         kind, wanted = DATA_KEYS[name]

@@ -243,6 +243,15 @@ def test_a_chunk_that_is_gone_is_an_error_not_a_number(tmp_path: Path) -> None:
         open_activations(path)["resid_out_0"].compute()
 
 
+def test_a_selection_that_xarray_saved_is_said_to_be_one(tmp_path: Path) -> None:
+    fill(made := writer(tmp_path / "a.zarr", 50), 50)
+    made.finish()
+    whole = open_activations(tmp_path / "a.zarr").to_dataset()
+    whole.isel(example=slice(10)).to_zarr(tmp_path / "part.zarr", zarr_format=3, consolidated=False)
+    with pytest.raises(ValueError, match=r"part\.zarr holds a part of a store of activations"):
+        open_activations(tmp_path / "part.zarr")
+
+
 def test_a_flipped_bit_is_an_error_not_a_number(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     fill(made := writer(path, 50), 50)

@@ -14,7 +14,16 @@ from basinscope.io.location import local_path, require_place
 def test_paths_are_paths_and_homes_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     assert local_path("~/a.zarr") == Path("/home/someone/a.zarr")
-    assert local_path(Path("runs") / "a:b.zarr") == Path("runs/a:b.zarr")
+    assert local_path("/runs/a:b.zarr") == Path("/runs/a:b.zarr")
+
+
+def test_a_relative_path_is_of_the_directory_that_was_the_working_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert local_path(Path("runs") / "s.zarr") == tmp_path / "runs" / "s.zarr"
+    assert local_path("s.zarr", start=Path("runs")) == tmp_path / "runs" / "s.zarr"
+    assert local_path("/s.zarr", start=Path("runs")) == Path("/s.zarr")
 
 
 @pytest.mark.parametrize(

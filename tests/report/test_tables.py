@@ -137,6 +137,23 @@ def test_notes_say_which_steps_of_burn_in_are_counted(burn_in: int, said: str) -
     assert llc_notes(basinscope.compute_llc(tree, burn_in=burn_in).compute())[-1] == said
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lr": 1e-6, "localization": 100.0}, "= 20,000 steps to forget their start"),
+        ({"lr": 1e-3, "localization": 100.0}, None),
+        ({"lr": 1e-6, "localization": 0.0}, None),  # nothing pulls back
+        ({"lr": 1e-6, "localization": 100.0, "sampling_method": "rmsprop_sgld"}, None),
+    ],
+)
+def test_a_run_too_short_to_arrive_is_named(changes: dict[str, object], said: str | None) -> None:
+    """Such chains agree with each other, and noise of their batches hides the drift."""
+    settings = {"sampling_method": "sgmcmc_sgld", "num_draws": 40, "num_steps_bw_draws": 1}
+    tree = with_sampler(random_tree(1), **{**settings, **changes})
+    notes = " ".join(llc_notes(basinscope.compute_llc(tree).compute()))
+    assert (said in notes and "these have 40" in notes) if said else "forget" not in notes
+
+
 def test_without_burn_in_and_without_single_steps_nothing_is_said_of_it() -> None:
     tree = with_sampler(random_tree(1), num_burnin_steps=6)
     tree.dataset = tree.to_dataset().drop_vars("sampling_loss_micro")  # draws follow the burn-in

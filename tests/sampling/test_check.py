@@ -143,6 +143,24 @@ def test_rounding_of_16_bit_models_is_no_dependence_on_the_batch() -> None:
     assert values["largest_difference"] <= ROUNDING * values["rounding"]
 
 
+def test_scores_that_are_masked_hide_no_dependence_on_the_batch() -> None:
+    """Rounding changes no minus infinity; a difference of them would be no number."""
+
+    class Masked(Capacity):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = nn.Identity()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            masked = self.scores(torch.tensor([0.0, -torch.inf])).softmax(0)
+            logits: Tensor = super().forward(ids)
+            return logits * masked[0]
+
+    finding = found(Masked().eval(), "batch")
+    assert finding.level == "warning"
+    assert finding.values["rounding"] < 1e-5
+
+
 def test_one_row_has_its_own_copies_for_company() -> None:
     one = token_rows(1, 9, seed=3)
     assert found(tiny_model("gpt2"), "batch", one).level == "ok"

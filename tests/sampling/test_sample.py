@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import basinscope
 from basinscope.io.store import DONE, FAILED, PENDING, SampleStore, StoreMismatchError
+from basinscope.io.stored import DamagedStoreError
 from basinscope.io.writer import StoreWriteError
 from basinscope.sampling.chain import working_copy
 from basinscope.sampling.init_loss import init_losses
@@ -261,6 +262,28 @@ def test_a_store_that_another_process_made_meanwhile_is_compared_too(
         run(tmp_path, lr=2e-3, chains=[1])
     states = [record["state"] for record in SampleStore(tmp_path / "s.zarr").records().values()]
     assert states[:2] == [DONE, PENDING]
+
+
+def test_losses_are_read_wherever_the_working_directory_is_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = run(tmp_path)
+    tree = basinscope.open_store("s.zarr")
+    part = tree.isel(draw=slice(1, None))
+    monkeypatch.chdir("/")
+    assert_equal(tree, expected)
+    assert np.isfinite(basinscope.compute_llc(part)["llc_first"].values).all()
+
+
+def test_a_chunk_that_is_gone_is_an_error_in_a_selection_too(tmp_path: Path) -> None:
+    tree = run(tmp_path)
+    (tmp_path / "s.zarr" / "loss_first" / "c" / "1" / "0" / "0" / "0").unlink()
+    with pytest.raises(DamagedStoreError, match="lacks chunk"):
+        tree["loss_first"].mean().compute()
+    part = tree.isel(draw=slice(0, None, 2))
+    with pytest.raises(DamagedStoreError, match="lacks chunk"):
+        basinscope.compute_llc(part)["llc_first"].compute()
 
 
 def test_a_chain_that_another_process_ended_meanwhile_keeps_its_record(

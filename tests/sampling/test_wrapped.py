@@ -359,6 +359,15 @@ def test_another_number_of_heads_is_another_model(tmp_path: Path) -> None:
         run(tmp_path, model(4))
 
 
+def test_a_saved_model_is_the_same_when_it_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 40}
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    run(tmp_path, model)
+    model.save_pretrained(tmp_path / "model")
+    run(tmp_path, GPT2LMHeadModel.from_pretrained(tmp_path / "model"))  # refused, were it another
+
+
 def test_frozen_integers_are_left_alone(tmp_path: Path) -> None:
     model = RawModel()
     codes = nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
