@@ -207,7 +207,7 @@ def test_checkpoints_that_a_kill_left_behind_go_when_the_store_is_complete(
         raise OSError("killed between the record and the removal")
 
     monkeypatch.setattr(chain_module, "remove_checkpoints", killed)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(StoreWriteError, match="killed between"):
         run(tmp_path / "s.zarr", checkpoint_every=3, chains=[0])
     monkeypatch.undo()
     assert list((tmp_path / "s.zarr").glob("chains/0/checkpoint_*"))
