@@ -291,17 +291,16 @@ def _packed(what: Any) -> bytes:
 
     Distributed's own way with modules spoils the dicts of their hooks, and unties tied weights.
     """
-    import cloudpickle
-    import torch
+    from basinscope.sampling.workers import pickled
 
     buffer = io.BytesIO()
-    try:
-        torch.save(what, buffer, pickle_module=cloudpickle)
-    except Exception as error:
-        raise TypeError(
-            f"the model, the data or loss_fn cannot be sent to a cluster ({error}): leave client "
-            "out, or define them without open files, locks or generators"
-        ) from error
+    pickled(
+        what,
+        buffer,
+        names="the model, the data or loss_fn",
+        elsewhere="a cluster",
+        instead="leave client out",
+    )
     return buffer.getvalue()
 
 

@@ -88,7 +88,7 @@ def row_numbers(dataset: xr.Dataset, row: str) -> np.ndarray | None:
     if row in dataset.coords and dataset[row].dtype.kind in "iu":
         return dataset[row].values
     count = dataset.sizes.get(row, 0)
-    return np.arange(count) if count == _planned(dataset, row, count) else None
+    return np.arange(count) if count == planned_rows(dataset, row, count) else None
 
 
 def numbers_along(dataset: xr.Dataset, dim: str) -> np.ndarray:
@@ -120,7 +120,7 @@ def count_written(
     count = dataset.sizes.get(row, 0)
     numbers = row_numbers(dataset, row)
     if numbers is None:
-        planned = _planned(dataset, row, count)
+        planned = planned_rows(dataset, row, count)
         for rows in written.values():
             if rows < planned:
                 raise ValueError(
@@ -141,7 +141,7 @@ def count_written(
     return found
 
 
-def _planned(dataset: xr.Dataset, row: str, unknown: int) -> int:
+def planned_rows(dataset: xr.Dataset, row: str, unknown: int) -> int:
     """How many draws or steps a whole chain has."""
     sampler = sampler_settings(dataset.attrs)
     draws = int(sampler.get("num_draws", unknown))

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from basinscope.analysis.diagnostics import SharedBatches, error_of_rise
 from basinscope.analysis.plan import Plan
+from basinscope.analysis.selections import planned_rows
 from basinscope.io import dims
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING, sampler_settings
 from basinscope.report.words import Words, quoted
@@ -90,8 +91,7 @@ def _note_of_settling(llc: xr.Dataset) -> list[str]:
     pull = float(settings.get("lr", 0)) * float(settings.get("localization", 0))
     if not pull or "num_draws" not in settings or settings.get("sampling_method") != "sgmcmc_sgld":
         return []
-    steps = int(settings["num_draws"]) * int(settings.get("num_steps_bw_draws", 1))
-    steps += int(settings.get("num_burnin_steps", 0))
+    steps = planned_rows(llc, dims.STEP, unknown=0)
     settling = 2 / pull
     if steps >= settling:
         return []

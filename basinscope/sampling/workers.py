@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -56,7 +56,13 @@ def run_in_workers(
     count = min(workers, len(chains))
     with tempfile.TemporaryDirectory(prefix="basinscope-job-") as directory:
         job_file = Path(directory) / "job.pt"
-        _save_job(job, job_file)
+        pickled(
+            job,
+            job_file,
+            names="the model or loss_fn",
+            elsewhere="worker processes",
+            instead="use workers=1",
+        )
         processes = [
             _start(job_file, path, chains[i::count], workers, checkpoint_every)
             for i in range(count)
@@ -71,14 +77,21 @@ def run_in_workers(
                 process.wait()
 
 
-def _save_job(job: SamplingJob, file: Path) -> None:
+def pickled(what: Any, to: Path | IO[bytes], *, names: str, elsewhere: str, instead: str) -> None:
+    """Pickle for other processes, functions of notebooks and ties between weights included.
+
+    Raises
+    ------
+    TypeError
+        If that cannot be done: what (`names`) cannot be sent where, and what to do `instead`.
+    """
     import cloudpickle
 
     try:
-        torch.save(job, file, pickle_module=cloudpickle)
+        torch.save(what, to, pickle_module=cloudpickle)
     except Exception as error:
         raise TypeError(
-            f"the model or loss_fn cannot be sent to worker processes ({error}): use workers=1, "
+            f"{names} cannot be sent to {elsewhere} ({error}): {instead}, "
             "or define them without open files, locks or generators"
         ) from error
 
