@@ -362,9 +362,9 @@ def write_store(
 
     arrays = sampling_arrays(
         num_chains=chains, num_draws=draws, num_steps=draws, batch_size=16,
-        gradient_accumulation_steps=max(1, micro // 16), sequence_length=tokens + 1,
-        observables=observables, largest_id=255, num_dataset_rows=1000, shared_batches=True,
-        save_metrics=False, save_sampling_input_ids=False,
+        gradient_accumulation_steps=max(1, micro // 16), num_init_loss_batches=32,
+        sequence_length=tokens + 1, observables=observables, largest_id=255, num_dataset_rows=1000,
+        shared_batches=True, shared_start=True, save_metrics=False, save_sampling_input_ids=False,
     )  # fmt: skip
     settings = {"n_beta": 30.0, "lr": 1e-4, "num_burnin_steps": 0, "num_steps_bw_draws": 1}
     attributes = {**provenance(), "metadata": {"config": {"sampler": settings}}}
@@ -379,7 +379,7 @@ def write_store(
                     count = min(rows, array.shape[1] - first)
                     noise = rng.standard_normal((count, *base.shape), dtype=np.float32)
                     array[chain, first : first + count] = base + 0.1 * noise
-        elif name == "init_loss":
+        elif name in ("init_loss", "init_batch_loss"):
             array[...] = 2.9
         elif array.dtype.kind == "u":
             array[...] = rng.integers(0, 256, array.shape)
@@ -393,7 +393,7 @@ def write_store(
 def write_as_peer(ours: Path, theirs: Path) -> None:
     """Write the same losses as devinterp lays them out."""
     dataset = xr.open_datatree(ours, engine="zarr", consolidated=False).dataset.load()
-    dataset = dataset.drop_vars(["n_beta", "sampling_rows"])
+    dataset = dataset.drop_vars(["n_beta", "sampling_rows", "init_batch_loss"])
     for name, variable in dataset.data_vars.items():
         variable.encoding = {}
         if variable.dtype.kind == "u":

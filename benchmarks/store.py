@@ -31,11 +31,11 @@ TOY = {"hidden_size": 32, "num_layers": 1, "row_length": 65, "train_steps": 150}
 def main() -> None:
     options = parser(__doc__, "store.jsonl")
     asked = options.parse_args()
-    figures = measure(TOY if asked.toy else FULL, draws=50 if asked.toy else 100)
+    figures = measure(TOY if asked.toy else FULL)
     record(asked.out, "store", {"size": "toy" if asked.toy else "full"}, figures)
 
 
-def measure(size: dict[str, int], draws: int) -> dict[str, Any]:
+def measure(size: dict[str, int]) -> dict[str, Any]:
     """Sample with both into a temporary directory and compare bytes on disk."""
     from devinterp.slt.sampling import sample as peer_sample
 
@@ -51,7 +51,7 @@ def measure(size: dict[str, int], draws: int) -> dict[str, Any]:
         "n_beta": 300.0,
         "localization": 1000.0,
         "num_chains": 2,
-        "num_draws": draws,
+        "num_draws": 100,
         "batch_size": 16,
         "batches_per_draw": 4,
         "num_init_loss_batches": 8,

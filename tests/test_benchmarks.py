@@ -90,7 +90,7 @@ def test_bfloat16_weights_diffuse_as_documented() -> None:
 
 @pytest.mark.peer
 def test_stores_are_smaller_than_the_peers() -> None:
-    figures = store.measure(store.TOY, draws=50)
+    figures = store.measure(store.TOY)
     assert figures["losses_ratio"] <= 0.88
     assert figures["ids_ratio"] <= 0.1
     assert figures["stall_share"] <= 0.02

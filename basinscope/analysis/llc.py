@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from dask.delayed import delayed
 
-from basinscope.analysis.diagnostics import SharedBatches, diagnose_trace, error_of_rise
+from basinscope.analysis.diagnostics import diagnose_trace
 from basinscope.analysis.graphs import arrays_in
 from basinscope.analysis.means import (
     Totals,
@@ -23,6 +23,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
+from basinscope.analysis.rise import Batches, error_of_rise
 from basinscope.analysis.selections import numbers_along, row_numbers
 from basinscope.analysis.stores import (
     Samples,
@@ -75,7 +76,7 @@ def compute_llc(
         - ``llc_token (token_pos)``: of each token position, from 1, by the same formula
         - ``llc_running (chain, step)``: from the steps up to and including this one
         - ``llc_mcse``, ``rhat``, ``ess_bulk``: standard error of ``llc_mean``, split R-hat and
-          effective sample size; see :func:`basinscope.analysis.diagnostics.error_of_rise` and
+          effective sample size; see :func:`basinscope.analysis.rise.error_of_rise` and
           :func:`basinscope.analysis.diagnostics.diagnose_trace`
         - ``llc_{obs}``: nβ (mean loss on an observable - its mean at the checkpoint). Where a store
           has no ``init_loss_{obs}`` (devinterp writes none), the mean at the first draw stands in,
@@ -106,8 +107,8 @@ def compute_llc(
     parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
     lengths = [part.shape[1] for part in parts]
     computed = with_totals(_estimate, parts, opened.init_loss(), opened.n_beta)
-    batches = _shared_batches(opened, row, skipped, max(lengths))
-    judged = delayed(_judge)(computed["traces"], opened.n_beta, batches)
+    batches = _batches(opened, row, skipped, max(lengths))
+    judged = delayed(_judge)(computed["traces"], opened.n_beta, batches, opened.init_batch_loss())
     chains, longest, tokens = len(parts), max(lengths), parts[0].shape[3]
     sizes = {"chain": chains, "row": longest, "token_pos": tokens}
     members = {
@@ -185,17 +186,27 @@ def _estimate(
 
 
 def _judge(
-    traces: list[np.ndarray], n_beta: float, batches: SharedBatches | None
+    traces: list[np.ndarray],
+    n_beta: float,
+    batches: Batches | None,
+    init_losses: list[Any] | None,
 ) -> dict[str, float]:
-    judged = {**diagnose_trace(traces), "llc_mcse": n_beta * error_of_rise(traces, batches)}
+    of_batches = None
+    if batches is not None and init_losses is not None:
+        losses = [np.asarray(part) for part in init_losses]
+        means = np.stack([loss.mean(axis=-1, dtype=np.float64).ravel() for loss in losses])
+        if means.shape[1] == batches.at_init().size:  # and not a selection of the batches
+            of_batches = means
+    error = error_of_rise(traces, batches, of_batches)
+    judged = {**diagnose_trace(traces), "llc_mcse": n_beta * error}
     return {name: np.float64(value) for name, value in judged.items()}  # an array, to be stored
 
 
-def _shared_batches(samples: Samples, row: str, first: int, rows: int) -> SharedBatches | None:
+def _batches(samples: Samples, row: str, first: int, rows: int) -> Batches | None:
     """Find out from the settings which batches the rows of a trace saw."""
     sampler = samples.sampler
     in_store = row_numbers(samples.dataset, row)
-    if not sampler.get("match_sampling_input_ids_across_chains", True) or in_store is None:
+    if in_store is None:
         return None
     steps = in_store[first : first + rows]
     if row == dims.DRAW:
@@ -203,11 +214,12 @@ def _shared_batches(samples: Samples, row: str, first: int, rows: int) -> Shared
         steps = int(sampler.get("num_burnin_steps", 0)) + steps * between
     dataset = samples.config.get("datasets", {}).get("sampling", {})
     size = sampler.get("batch_size")
-    return SharedBatches(
+    return Batches(
         steps=steps,
         init_steps=int(sampler.get("num_init_loss_batches", 32)),
         per_step=int(sampler.get("gradient_accumulation_steps", 1)),
         per_epoch=dataset["rows"] // size if "rows" in dataset and size else None,
+        shared=bool(sampler.get("match_sampling_input_ids_across_chains", True)),
     )
 
 

@@ -114,6 +114,23 @@ class Samples:
         data = unread(self.dataset.variables["init_loss"])
         return [data[chain : chain + 1] for chain in self.places]
 
+    def init_batch_loss(self) -> list[StoredArray | da.Array | np.ndarray] | None:
+        """Give the batches' losses at the checkpoint, (init_batch, token_pos).
+
+        Of each chain that counts, or of all together where they are the same; None in a store
+        without them.
+        """
+        variable = self.dataset.variables.get("init_batch_loss")
+        if variable is None:
+            return None
+        stored = self._stored("init_batch_loss")
+        if dims.CHAIN not in variable.dims:
+            return [unread(variable) if stored is None else stored]
+        if stored is not None:
+            return [stored.part(slice(chain, chain + 1)) for chain in self.places]
+        data = unread(variable)
+        return [data[chain : chain + 1] for chain in self.places]
+
     def _stored(self, name: str) -> StoredArray | None:
         """Find the array on disk that a variable is, to read it chunk by chunk."""
         if self.path is None:

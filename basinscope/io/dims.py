@@ -7,6 +7,7 @@ DRAW = "draw"
 STEP = "step"
 BATCH = "batch"
 BATCH_SAMPLING = "batch_sampling"
+INIT_BATCH = "init_batch"
 TOKEN = "token"
 TOKEN_POS = "token_pos"
 

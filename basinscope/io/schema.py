@@ -10,7 +10,7 @@ import numpy as np
 
 from basinscope.io import dims
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no init_batch_loss
 
 METRICS = {
     "scaled_grad": "norm of (ε/2) M G nβ g",
@@ -70,11 +70,13 @@ def sampling_arrays(
     num_steps: int,
     batch_size: int,
     gradient_accumulation_steps: int,
+    num_init_loss_batches: int,
     sequence_length: int,
     observables: Mapping[str, int],
     largest_id: int,
     num_dataset_rows: int,
     shared_batches: bool,
+    shared_start: bool,
     save_metrics: bool,
     save_sampling_input_ids: bool,
 ) -> dict[str, ArraySpec]:
@@ -92,6 +94,8 @@ def sampling_arrays(
         Rows of the sampling data set; it decides the integer type of ``sampling_rows``.
     shared_batches : bool
         Whether all chains see the same batches (then ``sampling_rows`` has no chain).
+    shared_start : bool
+        Whether they also start at the same weights (then ``init_batch_loss`` has no chain).
     """
     tokens = sequence_length - 1
     micro = gradient_accumulation_steps * batch_size
@@ -121,10 +125,21 @@ def sampling_arrays(
             "loss of every sampling sequence at every step",
         ),
     }
-    chain_dim, chain_shape = ((), ()) if shared_batches else ((dims.CHAIN,), (num_chains,))
+    of_chains = ((dims.CHAIN,), (num_chains,))
+    dim, size = ((), ()) if shared_batches and shared_start else of_chains
+    init_batches = gradient_accumulation_steps * num_init_loss_batches
+    at_once = max(1, min(init_batches, SHARD_BYTES // (4 * tokens)))
+    arrays["init_batch_loss"] = ArraySpec(
+        (*dim, dims.INIT_BATCH, dims.TOKEN_POS),
+        (*size, init_batches, tokens),
+        "float32",
+        (*(1 for _ in size), at_once, tokens),
+        attrs={"long_name": "mean loss of each batch behind init_loss", "units": "nats"},
+    )
+    dim, size = ((), ()) if shared_batches else of_chains
     arrays["sampling_rows"] = _integers(
-        (*chain_dim, dims.STEP, dims.BATCH_SAMPLING),
-        (*chain_shape, num_steps, micro),
+        (*dim, dims.STEP, dims.BATCH_SAMPLING),
+        (*size, num_steps, micro),
         smallest_unsigned(num_dataset_rows - 1),
         "row of the sampling data set",
     )

@@ -155,7 +155,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _recorded(stored: StoredArray, name: str) -> StoredArray:
     """Make what a store has of losses once all its chains are done an error where it is missing."""
-    is_loss = name.startswith(("loss_", "sampling_loss", "init_loss"))
+    is_loss = name.startswith(("loss_", "sampling_loss", "init_"))
     return stored.written() if is_loss else stored
 
 

@@ -86,7 +86,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     config = _config(root)
     records = _records(root, config, damaged) if config else {}
     if config:
-        for name in ("chains", *_names(config)):
+        for name in ("chains", *_names(root, config)):
             file = root / name / "zarr.json"
             if not file.is_file():
                 damaged.append(f"{file if file.parent.is_dir() else file.parent} is missing")
@@ -136,16 +136,18 @@ def _config(root: Path) -> dict[str, Any]:
     return config if ours else {}
 
 
-def _names(config: Mapping[str, Any]) -> list[str]:
+def _names(root: Path, config: Mapping[str, Any]) -> list[str]:
     """Name the arrays that a sampling store of these settings has."""
     arrays = sampling_arrays(  # of any sizes: only the names count
         num_chains=1, num_draws=1, num_steps=1, batch_size=1, gradient_accumulation_steps=1,
-        sequence_length=2, largest_id=1, num_dataset_rows=1, shared_batches=True,
+        num_init_loss_batches=1, sequence_length=2, largest_id=1, num_dataset_rows=1,
+        shared_batches=True, shared_start=True,
         observables={observable["obs_id"]: 1 for observable in config["observables"]},
         save_metrics=config["sampler"]["save_metrics"],
         save_sampling_input_ids=config["sampler"]["save_sampling_input_ids"],
     )  # fmt: skip
-    return list(arrays)
+    version = json.loads((root / "zarr.json").read_text())["attributes"]["schema_version"]
+    return [name for name in arrays if version > 1 or name != "init_batch_loss"]
 
 
 def _records(

@@ -13,8 +13,8 @@ import zarr
 from rich.markup import escape
 from rich.table import Table
 
-from basinscope.analysis.diagnostics import SharedBatches, error_of_rise
 from basinscope.analysis.plan import Plan
+from basinscope.analysis.rise import Batches, error_of_rise
 from basinscope.analysis.selections import planned_rows
 from basinscope.io import dims
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING, sampler_settings
@@ -130,7 +130,7 @@ def llc_drift(llc: xr.Dataset) -> tuple[float, float]:
 
 def _error_of_mean(traces: np.ndarray) -> float:
     steps = np.arange(traces.shape[1])
-    return error_of_rise(list(traces), SharedBatches(steps, init_steps=0))
+    return error_of_rise(list(traces), Batches(steps, init_steps=0))
 
 
 def llc_figures(llc: xr.Dataset) -> dict[str, object]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.sampling.chain import perturb
+from basinscope.sampling.data import cycled
 from basinscope.sampling.interrupt import StopRequest
 from basinscope.sampling.job import SamplingJob
 from basinscope.sampling.layers import quicken_linears
@@ -15,10 +16,10 @@ from basinscope.sampling.layers import quicken_linears
 def init_losses(
     job: SamplingJob, model: nn.Module, chains: list[int], stop: StopRequest
 ) -> dict[int, np.ndarray]:
-    """Compute each chain's mean loss at the checkpoint, (token_pos,) float32 nats.
+    """Compute the mean loss of each batch at the checkpoint, (init_batch, token_pos) nats.
 
-    Chains that see the same batches have the same one, which is computed once, unless
-    ``init_noise`` starts each of them elsewhere.
+    Of every chain, over the first batches of its order; float32. Chains that see the same batches
+    have the same ones, which are computed once, unless ``init_noise`` starts each chain elsewhere.
 
     Parameters
     ----------
@@ -29,14 +30,14 @@ def init_losses(
     quicken_linears(model)
     if job.config.match_sampling_input_ids_across_chains and not noise and chains:
         torch.manual_seed(job.config.init_seed)  # only dropout uses torch's own generators
-        shared = _mean_loss(job, model, chains[0], stop)
+        shared = _batch_losses(job, model, chains[0], stop)
         return {chain: shared for chain in chains}
     losses = {}
     for chain in chains:
         if noise:
             _perturb_all(job, model, chain, noise)
         torch.manual_seed(job.config.init_seed + chain)
-        losses[chain] = _mean_loss(job, model, chain, stop)
+        losses[chain] = _batch_losses(job, model, chain, stop)
         if noise:
             _restore(job, model)
     return losses
@@ -57,26 +58,30 @@ def observed_losses(job: SamplingJob, model: nn.Module) -> dict[str, np.ndarray]
     return {obs_id: losses.cpu().numpy() for obs_id, losses in found.items()}
 
 
-def _mean_loss(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest) -> np.ndarray:
-    """Average over the first batches of a chain's order; a batch that comes twice counts twice."""
+def _batch_losses(job: SamplingJob, model: nn.Module, chain: int, stop: StopRequest) -> np.ndarray:
+    """Average over the sequences of each of the first batches; one that comes twice is run once."""
     config = job.config
     epoch = job.batch_rows(chain)
     count = config.gradient_accumulation_steps * config.num_init_loss_batches
-    times = np.bincount(np.arange(count) % len(epoch), minlength=len(epoch))[: len(epoch)]
-    used = epoch[times > 0].reshape(-1)
-    weights = np.repeat(times[times > 0], config.batch_size) / (count * config.batch_size)
+    batches = epoch[:count]
+    used = batches.reshape(-1)
+    batch_of_row = np.repeat(np.arange(len(batches)), config.batch_size)
 
     per_forward = job.sequences_per_forward or config.batch_size
-    total: Tensor | None = None
+    means: Tensor | None = None
     with torch.no_grad():
         for start in range(0, len(used), per_forward):
             stop.raise_if_asked()
             part = slice(start, start + per_forward)
             losses = job.loss(model, job.token_ids(used[part])).double()
-            weighted = torch.from_numpy(weights[part]).to(losses) @ losses
-            total = weighted if total is None else total + weighted
-    assert total is not None
-    return total.float().cpu().numpy()
+            if means is None:
+                means = losses.new_zeros((len(batches), losses.shape[1]))
+            first, last = batch_of_row[part][[0, -1]]
+            members = batch_of_row[part] == np.arange(first, last + 1)[:, None]
+            shares = torch.from_numpy(members / config.batch_size).to(losses)
+            means[first : last + 1] += shares @ losses
+    assert means is not None
+    return cycled(means.float().cpu().numpy(), count)
 
 
 def _perturb_all(job: SamplingJob, model: nn.Module, chain: int, std: float) -> None:

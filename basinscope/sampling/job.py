@@ -167,11 +167,13 @@ class SamplingJob:
             num_steps=config.num_steps,
             batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            num_init_loss_batches=config.num_init_loss_batches,
             sequence_length=self.sequence_length,
             observables={o.obs_id: len(o.input_ids) for o in self.observables},
             largest_id=largest,
             num_dataset_rows=self.dataset_rows,
             shared_batches=config.match_sampling_input_ids_across_chains,
+            shared_start=not config.init_noise,
             save_metrics=config.save_metrics,
             save_sampling_input_ids=config.save_sampling_input_ids,
         )

@@ -506,8 +506,7 @@ def _write_inputs(
             writer.put("sampling_rows", slice(None), rows)
         for obs_id, losses in observed_losses(job, model).items():
             writer.put(f"init_loss_{obs_id}", slice(None), losses)
-        for chain, losses in init_losses(job, model, missing, stop).items():
-            writer.put("init_loss", chain, losses)
+        _write_init_losses(store, writer, init_losses(job, model, missing, stop))
         writer.drain()
     finally:
         writer.close()
@@ -516,6 +515,20 @@ def _write_inputs(
         with suppress(ChainLockedError), store.lock(chain):  # whoever samples it noted their own
             seconds = {"init_loss": share, **store.record(chain)["seconds"]}
             store.update_record(chain, init_loss_written=True, seconds=seconds)
+
+
+def _write_init_losses(
+    store: SampleStore, writer: BackgroundWriter, losses: Mapping[int, np.ndarray]
+) -> None:
+    """Write the loss at the checkpoint, of each chain on average and of the batches behind it."""
+    for chain, of_batches in losses.items():
+        writer.put("init_loss", chain, of_batches.mean(axis=0, dtype=np.float64).astype(np.float32))
+    stored = store.arrays.get("init_batch_loss")  # None in a store of schema version 1
+    if stored is not None and stored.ndim == 2:
+        writer.put("init_batch_loss", slice(None), next(iter(losses.values())))
+    elif stored is not None:
+        for chain, of_batches in losses.items():
+            writer.put("init_batch_loss", chain, of_batches)
 
 
 def _warn_about_failures(store: SampleStore) -> None:

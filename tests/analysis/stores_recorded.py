@@ -37,14 +37,17 @@ def recorded_store(
         num_steps=sizes["step"],
         batch_size=sizes["batch"],
         gradient_accumulation_steps=1,
+        num_init_loss_batches=1,
         sequence_length=sizes["token_pos"] + 1,
         observables={name: sizes[f"batch_{name}"] for name in observables},
         largest_id=199,
         num_dataset_rows=100,
         shared_batches=True,
+        shared_start=True,
         save_metrics=False,
         save_sampling_input_ids=False,
     )
+    del arrays["init_batch_loss"]  # as in stores of schema version 1
     settings = {**dataset.attrs["metadata"]["config"], **config}
     attributes = {"metadata": {"config": settings}, "created_at": f"when {path.name} was made"}
     store = SampleStore.create(path, arrays, attributes, chains)

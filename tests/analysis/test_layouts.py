@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import basinscope
-from basinscope.analysis.diagnostics import SharedBatches, diagnose_trace, error_of_rise
+from basinscope.analysis.diagnostics import diagnose_trace
+from basinscope.analysis.rise import Batches, error_of_rise
 from tests.analysis.stores_random import random_tree, write_devinterp_tree, write_tree
 from tests.reference import analysis as reference
 
@@ -101,7 +102,7 @@ def test_llc_of_any_layout(
     losses, init = (tree[name].to_numpy() for name in ("sampling_loss_micro", "init_loss"))
     sampled = (losses[:, burn_in:], init, 10.0)
     per_chain = reference.llc_per_chain(*sampled)
-    batches = SharedBatches(np.arange(burn_in, steps), 32)
+    batches = Batches(np.arange(burn_in, steps), 32)
     judged = diagnose_trace(
         list(got["loss_trace"].to_numpy())
     )  # ranks: another rounding is another R-hat

@@ -15,12 +15,9 @@ import xarray as xr
 import zarr
 
 import basinscope
-from basinscope.analysis.diagnostics import (
-    SharedBatches,
-    diagnose_trace,
-    error_of_rise,
-)
+from basinscope.analysis.diagnostics import diagnose_trace
 from basinscope.analysis.plan import PlanError
+from basinscope.analysis.rise import Batches, error_of_rise
 from basinscope.io.store import SampleStore
 from tests.analysis.stores_random import random_tree
 from tests.conftest import token_rows
@@ -60,6 +57,8 @@ def test_every_variable_is_its_formula(store: Path) -> None:
     trace = losses.mean((2, 3))
     per_chain = 12.0 * (trace.mean(1) - init.mean())
     judged = diagnose_trace(list(trace))
+    at_start = raw["init_batch_loss"].mean("token_pos", dtype=np.float64).to_numpy()[None]
+    error = error_of_rise(list(trace), Batches(np.arange(25), 32, 1, 10), at_start)
     expected = {
         "loss_trace": trace,
         "init_loss": init.mean(),
@@ -71,7 +70,7 @@ def test_every_variable_is_its_formula(store: Path) -> None:
         "llc_token": 12.0 * (losses.mean((0, 1, 2)) - init.mean(0)),
         "llc_running": 12.0 * (trace.cumsum(1) / np.arange(1, 26) - init.mean()),
         "llc_a": 12.0 * (observed.mean() - raw["init_loss_a"].to_numpy().mean(dtype=np.float64)),
-        "llc_mcse": 12.0 * error_of_rise(list(trace), SharedBatches(np.arange(25), 32, 1, 10)),
+        "llc_mcse": 12.0 * error,
         "rhat": judged["rhat"],
         "ess_bulk": judged["ess_bulk"],
     }
@@ -264,38 +263,6 @@ def test_diagnostics_know_good_chains_from_bad() -> None:
     assert abs(found["mcse_mean"] - 1 / np.sqrt(2000)) < 0.01
     apart = good + np.array([[0.0], [0.0], [0.0], [3.0]])
     assert diagnose_trace(list(apart))["rhat"] > 1.2
-
-
-@pytest.mark.parametrize(
-    ("burn_in", "steps", "init_steps", "per_step", "per_epoch"),
-    [(0, 100, 100, 1, None), (0, 100, 25, 1, None), (40, 100, 32, 2, None), (0, 150, 20, 1, 60)],
-)
-def test_the_error_is_that_of_repeated_runs(
-    burn_in: int, steps: int, init_steps: int, per_step: int, per_epoch: int | None
-) -> None:
-    """200 runs give their spread to 5% (one SE), and the error may be off by a fifth: 4 SE."""
-    rng = np.random.default_rng(2)
-    rows = np.arange(burn_in, steps)
-    batches = SharedBatches(rows, init_steps, per_step, per_epoch)
-    rises, errors = [], []
-    for _ in range(200):
-        losses = 0.5 * rng.standard_normal(per_epoch or steps * per_step)
-        seen = losses[np.arange(steps * per_step) % len(losses)].reshape(steps, per_step).mean(1)
-        own = 0.2 * rng.standard_normal((4, steps))
-        for step in range(1, steps):  # chains that mix slowly
-            own[:, step] += 0.5 * own[:, step - 1]
-        traces = (3 + seen + own)[:, burn_in:]
-        rises.append(traces.mean() - seen[:init_steps].mean())
-        errors.append(error_of_rise(list(traces), batches))
-    assert 0.8 < np.sqrt(np.mean(np.square(errors))) / np.std(rises) < 1.2
-
-
-def test_chains_with_batches_of_their_own_have_the_plain_error() -> None:
-    traces = list(np.random.default_rng(3).standard_normal((4, 200)))
-    plain = diagnose_trace(traces)["mcse_mean"]
-    assert error_of_rise(traces, None) == plain
-    alone = SharedBatches(np.arange(200), 32)
-    assert error_of_rise(traces[:1], alone) == diagnose_trace(traces[:1])["mcse_mean"]
 
 
 def test_analysis_never_imports_torch(store: Path) -> None:

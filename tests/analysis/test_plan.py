@@ -384,11 +384,13 @@ def own_layout(chains: int, draws: int, sequences: int, tokens: int) -> Layout:
         num_steps=draws,
         batch_size=8,
         gradient_accumulation_steps=1,
+        num_init_loss_batches=32,
         sequence_length=tokens + 1,
         observables={"a": sequences},
         largest_id=50_000,
         num_dataset_rows=1000,
         shared_batches=True,
+        shared_start=True,
         save_metrics=False,
         save_sampling_input_ids=False,
     )["loss_a"]

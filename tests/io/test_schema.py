@@ -18,17 +18,20 @@ BASE: dict[str, Any] = {
     "num_steps": 12,
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
+    "num_init_loss_batches": 7,
     "sequence_length": 9,
     "observables": {"pile": 8, "_2nd": 16},
     "largest_id": 300,
     "num_dataset_rows": 256,
     "shared_batches": True,
+    "shared_start": True,
     "save_metrics": False,
     "save_sampling_input_ids": False,
 }
 ALWAYS = {
     "init_loss": (("chain", "token_pos"), (3, 8), "float32"),
     "n_beta": ((), (), "float64"),
+    "init_batch_loss": (("init_batch", "token_pos"), (14, 8), "float32"),
     "sampling_loss": (("chain", "draw", "batch", "token_pos"), (3, 5, 4, 8), "float32"),
     "sampling_loss_micro": (
         ("chain", "step", "batch_sampling", "token_pos"),
@@ -43,6 +46,7 @@ ALWAYS = {
     "init_loss__2nd": (("batch__2nd", "token_pos"), (16, 8), "float32"),
     "input_ids__2nd": (("batch__2nd", "token"), (16, 9), "uint16"),
 }
+OWN_STARTS = {"init_batch_loss": (("chain", "init_batch", "token_pos"), (3, 14, 8), "float32")}
 OWN_ROWS = {"sampling_rows": (("chain", "step", "batch_sampling"), (3, 12, 8), "uint8")}
 STORED_IDS = {
     "sampling_input_ids_micro": (
@@ -72,12 +76,13 @@ MIB = 2**20
     ("changes", "expected"),
     [
         ({}, ALWAYS),
-        ({"shared_batches": False}, ALWAYS | OWN_ROWS),
+        ({"shared_batches": False}, ALWAYS | OWN_ROWS | OWN_STARTS),
+        ({"shared_start": False}, ALWAYS | OWN_STARTS),
         ({"save_sampling_input_ids": True}, ALWAYS | STORED_IDS),
         ({"save_metrics": True}, ALWAYS | NINE_METRICS),
         (
             {"save_metrics": True, "save_sampling_input_ids": True, "shared_batches": False},
-            ALWAYS | OWN_ROWS | STORED_IDS | NINE_METRICS,
+            ALWAYS | OWN_ROWS | OWN_STARTS | STORED_IDS | NINE_METRICS,
         ),
     ],
 )
@@ -92,7 +97,7 @@ def test_every_array_says_what_it_is_and_in_which_unit() -> None:
     arrays = sampling_arrays(**{**BASE, "save_metrics": True, "save_sampling_input_ids": True})
     for name, spec in arrays.items():
         assert spec.attrs["long_name"], name
-        is_loss = name.startswith(("loss_", "sampling_loss", "init_loss"))
+        is_loss = name.startswith(("loss_", "sampling_loss", "init_"))
         assert spec.attrs["units"] == ("nats" if is_loss else "1"), name
 
 
@@ -134,11 +139,13 @@ sizes = st.fixed_dictionaries(
         "num_steps": st.integers(1, 200_000),
         "batch_size": st.integers(1, 5000),
         "gradient_accumulation_steps": st.integers(1, 64),
+        "num_init_loss_batches": st.integers(1, 5000),
         "sequence_length": st.integers(2, 10_000),
         "observables": st.dictionaries(st.sampled_from("abc"), st.integers(1, 100_000)),
         "largest_id": st.integers(0, 300_000),
         "num_dataset_rows": st.integers(1, 10**10),
         "shared_batches": st.booleans(),
+        "shared_start": st.booleans(),
         "save_metrics": st.booleans(),
         "save_sampling_input_ids": st.booleans(),
     }
@@ -154,9 +161,9 @@ def test_files_and_chunks_stay_within_their_bounds(given_sizes: dict[str, Any]) 
         assert all(chunk >= 1 for chunk in spec.chunks), name
         if spec.shards is not None:
             assert all(s % c == 0 for s, c in zip(spec.shards, spec.chunks, strict=True)), name
-        if "loss" in name and not name.startswith("init_loss"):
+        if "loss" in name and not name.startswith("init_"):
             check_loss_array(name, spec)
-        if name.startswith("init_loss_"):
+        if name.startswith(("init_loss_", "init_batch_loss")):
             assert 4 * math.prod(spec.chunks) <= 32 * MIB, name
         if name.startswith("metrics_"):
             assert spec.chunks[0] == 1, name

@@ -37,11 +37,13 @@ ARRAYS = sampling_arrays(
     num_steps=60,
     batch_size=3,
     gradient_accumulation_steps=2,
+    num_init_loss_batches=4,
     sequence_length=5,
     observables={"wide": 300},  # more than one block of sequences: a shard with an index
     largest_id=1000,
     num_dataset_rows=100,
     shared_batches=True,
+    shared_start=True,
     save_metrics=True,
     save_sampling_input_ids=True,
 )
