@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -77,8 +78,23 @@ def llc_notes(llc: xr.Dataset) -> list[str]:
         "± is the standard error. An R-hat below 1.01 says that the chains agree; a drift (second "
         "half minus first) far beyond its error, that they have not arrived. Fewer than about 100 "
         "effective samples are too few to judge.",
+        *_note_of_start(llc),
         *_note_of_settling(llc),
         *_note_of_burn_in(llc),
+    ]
+
+
+def _note_of_start(llc: xr.Dataset) -> list[str]:
+    """Say where most of the error is the checkpoint's, which more batches cure."""
+    settings = sampler_settings(llc.attrs)
+    steps = planned_rows(llc, dims.STEP, unknown=0)
+    batches = int(settings.get("num_init_loss_batches", steps))
+    of_traces = float(llc["n_beta"]) * _error_of_mean(llc, llc["loss_trace"])
+    if batches >= steps or not llc_error(llc) > 1.5 * of_traces:
+        return []
+    return [
+        f"Most of ± is the noise of the loss at the checkpoint, from the batches of {batches:,} "
+        f"steps: num_init_loss_batches={steps} would take it on all that the chains see."
     ]
 
 
@@ -119,18 +135,23 @@ def llc_drift(llc: xr.Dataset) -> tuple[float, float]:
     Over the steps that all chains have. The error is the drift's own: noise of batches that
     cancels between the chains and the loss at the checkpoint does not cancel between the halves.
     """
-    traces = llc["loss_trace"].transpose("chain", ...).to_numpy()
-    halves = np.array_split(traces[:, np.isfinite(traces).all(axis=0)], 2, axis=1)
+    traces = llc["loss_trace"].transpose("chain", ...)
+    common = traces.isel({traces.dims[1]: np.isfinite(traces.to_numpy()).all(axis=0)})
+    middle = -(-common.shape[1] // 2)
+    halves = common[:, :middle], common[:, middle:]
     if not halves[1].size:
         return float("nan"), float("nan")
-    drift = halves[1].mean() - halves[0].mean()
-    error = np.hypot(_error_of_mean(halves[0]), _error_of_mean(halves[1]))
+    drift = float(halves[1].mean() - halves[0].mean())
+    error = math.hypot(*(_error_of_mean(llc, half) for half in halves))
     return float(llc["n_beta"] * drift), float(llc["n_beta"] * error)
 
 
-def _error_of_mean(traces: np.ndarray) -> float:
-    steps = np.arange(traces.shape[1])
-    return error_of_rise(list(traces), Batches(steps, init_steps=0))
+def _error_of_mean(llc: xr.Dataset, traces: xr.DataArray) -> float:
+    """Standard error of the mean over chains and rows, whatever the loss at the checkpoint."""
+    shared = sampler_settings(llc.attrs).get("match_sampling_input_ids_across_chains", True)
+    values = traces.transpose("chain", ...).to_numpy()
+    batches = Batches(np.arange(values.shape[1]), init_steps=0, shared=bool(shared))
+    return error_of_rise([trace[np.isfinite(trace)] for trace in values], batches)
 
 
 def llc_figures(llc: xr.Dataset) -> dict[str, object]:

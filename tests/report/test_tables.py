@@ -154,6 +154,20 @@ def test_a_run_too_short_to_arrive_is_named(changes: dict[str, object], said: st
     assert (said in notes and "these have 40" in notes) if said else "forget" not in notes
 
 
+@pytest.mark.parametrize(("init_batches", "said"), [(2, True), (40, False)])
+def test_too_few_batches_behind_the_loss_at_the_checkpoint_are_named(
+    init_batches: int, said: bool
+) -> None:
+    settings = {"num_draws": 40, "num_init_loss_batches": init_batches}
+    tree = with_sampler(random_tree(1, steps=40), **settings)
+    of_batches = np.random.default_rng(0).standard_normal((40, 1, 1))  # in both chains
+    losses = tree["sampling_loss_micro"] + of_batches
+    tree.dataset = tree.to_dataset().assign(sampling_loss_micro=losses)
+    notes = " ".join(llc_notes(basinscope.compute_llc(tree).compute()))
+    assert ("from the batches of 2 steps: num_init_loss_batches=40 would" in notes) is said
+    assert ("Most of ±" in notes) is said
+
+
 def test_without_burn_in_and_without_single_steps_nothing_is_said_of_it() -> None:
     tree = with_sampler(random_tree(1), num_burnin_steps=6)
     tree.dataset = tree.to_dataset().drop_vars("sampling_loss_micro")  # draws follow the burn-in
