@@ -116,7 +116,11 @@ def run(
             output_path=part_path(output, rank, world_size),
             device=device,
         )
-        following = f"top {store}" if world_size == 1 else f"merge {store.parent}/*.zarr -o FILE"
+        following = (
+            f"report {store} -o page.html"
+            if world_size == 1
+            else f"merge {store.parent}/*.zarr -o all.zarr"
+        )
         out.print(f"{store} is complete. Next: basinscope attribute {following}", soft_wrap=True)
 
 

@@ -126,10 +126,11 @@ def _chosen(
     if not 0 <= example < examples:
         raise ValueError(f"--example {example}: the store has sequences 0 to {examples - 1}")
     places = _some_of(range(positions), "--position", position)
-    return (
-        _some_of(there, "--layer", layer),
-        dataset.isel(example=[example], position=places).assign_coords(example=[example]),
-    )
+    layers = _some_of(there, "--layer", layer)
+    # measures read every layer that is there, and compare each with the last
+    spare = [f"{stream}_{number}" for number in there if number not in (*layers, max(there))]
+    chosen = dataset.drop_vars(spare).isel(example=[example], position=places)
+    return layers, chosen.assign_coords(example=[example])
 
 
 def _some_of(there: Sequence[int], option: str, text: str) -> list[int]:

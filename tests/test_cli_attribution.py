@@ -29,7 +29,8 @@ def test_ranks_harvested_by_name_or_by_default_merge_to_the_single_run(tmp_path:
     given += ["--source", "0.mlp.down", "--source", "embed"]
     done = invoke("run", *given, "-o", tmp_path / "one.zarr")
     assert done.exit_code == 0, done.output
-    assert "one.zarr is complete. Next: basinscope attribute top" in flat(done)
+    following = f"report {tmp_path / 'one.zarr'} -o page.html"
+    assert f"one.zarr is complete. Next: basinscope attribute {following}" in flat(done)
     for rank in range(2):
         options = ["--rank", rank, "--world-size", 2, "-o", tmp_path / "parts"]
         done = invoke(*(options + given if rank else given + options))

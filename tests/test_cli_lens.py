@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -159,6 +160,17 @@ def test_a_picture_of_too_many_positions_is_refused_before_it_is_made(
     shown = invoke(folder / "full.zarr", "--png", tmp_path / "lens.png")
     assert shown.exit_code == 2
     assert "at most 4 positions, not 9: choose some with --position" in shown.output
+
+
+def test_layers_that_are_not_asked_for_are_not_read(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "full.zarr", tmp_path / "full.zarr")
+    whole = invoke(tmp_path / "full.zarr", "--measures", "--json")
+    for file in (tmp_path / "full.zarr" / "resid_out_0").glob("c.*"):
+        file.write_bytes(b"damaged")
+    shown = invoke(tmp_path / "full.zarr", "--layer", 1, "--measures", "--json")
+    assert shown.exit_code == 0, shown.output
+    for name, values in json.loads(whole.output)["measures"].items():
+        assert json.loads(shown.output)["measures"][name] == [values[1]]
 
 
 def test_many_layers_take_several_tables(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,23 @@ def activation(dataset: xr.Dataset, key: str) -> xr.DataArray:
     return dataset[f"{match[1]}_{match[2]}"].isel(head=int(match[3]), drop=True)
 
 
+def token_ids(given: Any, name: str) -> np.ndarray:
+    """Give token ids, or -1 for none, as an array with an axis of examples and one of tokens.
+
+    Raises
+    ------
+    ValueError
+        If they are no integers, or have other axes.
+    """
+    ids = np.asarray(given)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} are {ids.dtype} of shape {ids.shape}: give whole numbers, a row for each "
+            "example"
+        )
+    return ids
+
+
 def next_tokens(dataset: xr.Dataset, input_ids: Any = None) -> xr.DataArray | None:
     """Give the token that follows each position, -1 where there is none.
 
@@ -160,7 +177,7 @@ def next_tokens(dataset: xr.Dataset, input_ids: Any = None) -> xr.DataArray | No
     """
     if input_ids is None and "input_ids" not in dataset:
         return None
-    ids = dataset["input_ids"] if input_ids is None else np.asarray(input_ids)
+    ids = dataset["input_ids"] if input_ids is None else token_ids(input_ids, "input_ids")
     ids = xr.DataArray(ids, dims=("example", "token"))
     if ids.sizes["example"] != dataset.sizes["example"]:
         raise ValueError(

@@ -23,6 +23,7 @@ from basinscope.analysis.lens_inputs import (
     next_tokens,
     numbers_in,
     open_activations,
+    token_ids,
 )
 from basinscope.analysis.lens_projection import (
     Array,
@@ -405,6 +406,10 @@ class LogitLens(Projection):
 
     def _directions(self, given: Any, examples: int, metric: str) -> Array:
         """Give (example, 2) token ids; the second is -1 where one token was given."""
+        if not np.iterable(given):
+            raise ValueError(
+                f"token_directions={given!r}: give a token id, or a pair of them, for each example"
+            )
         pairs = []
         for place, entry in enumerate(given):
             ids = np.atleast_1d(np.asarray(entry))
@@ -435,7 +440,7 @@ class LogitLens(Projection):
             return next_tokens(dataset, input_ids)
         if input_ids is not None:
             raise ValueError("give input_ids or targets, not both")
-        found = np.asarray(targets)
+        found = token_ids(targets, "targets")
         wanted = (dataset.sizes["example"], dataset.sizes["position"])
         if found.shape != wanted:
             raise ValueError(f"targets have shape {found.shape}; (example, position) are {wanted}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from basinscope.attribution.backward import BatchAttribution, Importance
 from basinscope.io.attributions import AttributionWriter
-from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS
+from basinscope.io.attributions_layout import EMBED, METRICS, OUTPUT, OUTPUT_TOKENS, counts_of
 from basinscope.io.memory import free_memory
 from basinscope.models.canonical import LinearMap, weight_of
 from basinscope.models.components import Components, neurons
@@ -31,6 +31,7 @@ from basinscope.models.forward import (
 )
 from basinscope.models.head import NoLinearHeadError, output_embeddings
 from basinscope.models.positions import plain
+from basinscope.models.structure import require_module
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
 from basinscope.sampling.identity import describe_function, describe_model
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
@@ -149,6 +150,7 @@ def harvest_attributions(
             "importance must be a function (activations, input_ids) -> importances by layer, or "
             f"None; got {type(importance).__name__}"
         )
+    require_module(model)
     model = uncompiled(model)
     batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
     with _prepared(model, device):
@@ -437,14 +439,10 @@ def _layers(
 def _count_shapes(
     components: Mapping[str, Components], targets: Mapping[str, Components], vocabulary: int
 ) -> dict[str, dict[str, tuple[int, ...]]]:
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {
-        name: {count: (part.size,) for count in ("mean_importance_sum", "active", "square_sum")}
-        for name, part in components.items()
-    }
-    shapes[EMBED] = {"occurrences": (vocabulary,)}
+    sizes = {name: part.size for name, part in components.items()} | {EMBED: vocabulary}
     if OUTPUT in targets:
-        shapes[OUTPUT] = {"square_sum": (targets[OUTPUT].size,)}
-    return shapes
+        sizes[OUTPUT] = targets[OUTPUT].size
+    return {layer: {name: (size,) for name in counts_of(layer)} for layer, size in sizes.items()}
 
 
 def _weight(head: nn.Linear) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from basinscope.io import codecs
 from basinscope.io.results import digest
 from basinscope.io.store import now, provenance, remove_partial_files
+from basinscope.io.stored import StoredArray, open_stored
 
 KIND = "activations"
 SCHEMA_VERSION = 1
@@ -27,6 +28,7 @@ BFLOAT16 = "bfloat16"
 CHUNK_BYTES = 8 * 2**20
 BUFFER_BYTES = 128 * 2**20  # most bytes in chunks that are being filled, all arrays together
 CHUNK_EXAMPLES = 512  # most examples in a chunk
+WRITE_ALL: Any = {"write_empty_chunks": True}  # a chunk of zeros is there, too
 CHUNK_RATIO = 4  # at most so many times the examples that the largest array has in a chunk
 
 UNEMBEDDING_DIMS = {
@@ -104,10 +106,9 @@ def write_activations(
     coordinates = xr.Dataset(coords=coords).compute()
     attributes = root_attributes(specs, None, attrs, coordinates, unembedding)
     rows = rows_per_chunk(specs, CHUNK_BYTES, CHUNK_EXAMPLES)
-    root = create_group(path, specs, rows, attributes, coordinates, unembedding)
+    create_group(path, specs, rows, attributes, coordinates, unembedding)
     for name, source in sources.items():
-        array = root[name]
-        assert isinstance(array, zarr.Array)
+        array = zarr.open_array(path / name, mode="r+").with_config(WRITE_ALL)
         if not array.shape:
             array[...] = source.read(0, 1)
             continue
@@ -196,7 +197,7 @@ def create_group(
     attributes: Mapping[str, Any],
     coordinates: xr.Dataset,
     unembedding: Mapping[str, Any] | None,
-) -> zarr.Group:
+) -> None:
     """Write all metadata, the coordinates and the unembedding of a store, in place."""
     _require_one_size(specs, coordinates, unembedding)
     named = {  # text of a fixed length has no place in the Zarr v3 specification
@@ -216,7 +217,6 @@ def create_group(
         _create_array(root, name, spec, rows[name])
     if unembedding:
         _write_unembedding(root, unembedding)
-    return root
 
 
 def _require_one_size(
@@ -248,6 +248,19 @@ def _require_one_size(
             )
 
 
+def written_coordinates(path: Path, layout: Mapping[str, Any]) -> Iterator[StoredArray]:
+    """Open the coordinates of numbers that must have a file; without it, they are an error to read.
+
+    Those of nothing but the fill value have none: their digest tells them apart.
+    """
+    for name, told in layout["coordinates"].items():
+        stored = open_stored(path / name)
+        if stored is None or not told.startswith(f"{stored.dtype}("):
+            continue
+        if told != digest(np.full(stored.shape, stored.fill_value, stored.dtype)):
+            yield stored.written()
+
+
 def _create_array(group: zarr.Group, name: str, spec: ActivationSpec, rows: int) -> zarr.Array:
     dtype = spec.stored
     blosc = BloscCodec(  # level 3 takes 1.2 to 4 times as long, for no fewer bytes
@@ -268,7 +281,7 @@ def _create_array(group: zarr.Group, name: str, spec: ActivationSpec, rows: int)
         dimension_names=spec.dims,
         chunk_key_encoding={"name": "default", "separator": "."},  # one directory for all chunks
         attributes={"source_dtype": BFLOAT16} if spec.dtype == BFLOAT16 else {},
-        config={"write_empty_chunks": True},
+        config=WRITE_ALL,
     )
 
 

@@ -127,6 +127,11 @@ def _of_xarray(name: str, values: xr.DataArray) -> ActivationSource:
 def _of_tensor(name: str, values: Any, dims: tuple[str, ...]) -> ActivationSource:
     dtype = str(values.dtype).removeprefix("torch.")
     spec = _spec(name, dims, tuple(values.shape), dtype)
+    if values.is_meta or str(values.layout) != "torch.strided":
+        raise TypeError(
+            f"activations[{name!r}] is a tensor of {values.layout} on {values.device}: give its "
+            "numbers as a dense tensor (.to_dense())"
+        )
 
     def read(start: int, stop: int) -> np.ndarray:
         part = (values[start:stop] if values.ndim else values).detach().cpu()

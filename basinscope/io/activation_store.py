@@ -31,19 +31,20 @@ from basinscope.io.activation_layout import (
     EXAMPLE,
     KIND,
     OWN_ATTRIBUTES,
+    WRITE_ALL,
     ActivationSpec,
     create_group,
     dtype_name,
     mark_completed,
     root_attributes,
     rows_per_chunk,
+    written_coordinates,
 )
 from basinscope.io.chunked import read_attributes
 from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import lock_directory
 from basinscope.io.store import (
     _dask_array,
-    read_tree,
     remove_partial_files,
     require_same_settings,
 )
@@ -51,7 +52,6 @@ from basinscope.io.stored import open_stored
 from basinscope.io.writer import BackgroundWriter, StoreWriteError
 
 PENDING_BYTES = 64 * 2**20  # most bytes in full chunks that wait for the disk
-WRITE_ALL: Any = {"write_empty_chunks": True}  # a chunk of zeros is there, too
 PARTS = 8  # chunks at least, where the length is known: a kill loses what is not a whole one
 
 Variable = tuple[tuple[str, ...], tuple[int, ...], DTypeLike]
@@ -104,7 +104,7 @@ def open_activations(
             )
     tree = xr.DataTree(_read_arrays(path, layout, count))
     if layout["unembedding"]:
-        tree["unembedding"] = xr.DataTree(read_tree(path / "unembedding").to_dataset())
+        tree["unembedding"] = xr.DataTree(_read_unembedding(path / "unembedding"))
     return tree
 
 
@@ -128,6 +128,8 @@ def require_activations(path: Path) -> dict[str, Any]:
 
 def _read_arrays(path: Path, layout: Mapping[str, Any], count: int | None) -> xr.Dataset:
     """Open coordinates and arrays, of each the first ``count`` examples or all."""
+    for coordinate in written_coordinates(path, layout):
+        np.asarray(coordinate)  # a lost file would be zeros to xarray
     # The arrays of a store of unknown length may differ in length while they grow
     dataset = xr.open_dataset(
         path,
@@ -149,6 +151,13 @@ def _read_arrays(path: Path, layout: Mapping[str, Any], count: int | None) -> xr
         )
         arrays[name] = xr.Variable(spec["dims"], data, attributes)
     return dataset.assign(arrays)
+
+
+def _read_unembedding(path: Path) -> xr.Dataset:
+    group = xr.open_dataset(path, engine="zarr", consolidated=False, chunks=None)
+    return group.assign(
+        {name: of.copy(data=_lazy(path / str(name), None)) for name, of in group.items()}
+    )
 
 
 def _lazy(path: Path, count: int | None) -> da.Array:

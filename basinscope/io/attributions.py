@@ -25,6 +25,7 @@ from basinscope.io.attributions_layout import (
     METRICS,
     OUTPUT_TOKENS,
     REQUIRED,
+    SCHEMA_VERSION,
     Counts,
     Edge,
     Sums,
@@ -34,13 +35,18 @@ from basinscope.io.attributions_layout import (
     unembedding_chunk,
     write_sums,
 )
-from basinscope.io.chunked import read_attributes, replace_attributes, write_array, write_group
+from basinscope.io.chunked import (
+    open_array,
+    read_attributes,
+    replace_attributes,
+    write_array,
+    write_group,
+)
 from basinscope.io.durable import settle_tree
 from basinscope.io.location import local_path, made_at_once, require_place
 from basinscope.io.locks import lock_directory
-from basinscope.io.schema import SCHEMA_VERSION
 from basinscope.io.store import now, provenance, require_same_settings
-from basinscope.io.stored import StoredArray, open_stored
+from basinscope.io.stored import DamagedStoreError, StoredArray
 
 AGAIN = "the store is being harvested; open it again"
 
@@ -170,10 +176,10 @@ class StoredAttributions:
     @property
     def unembedding(self) -> StoredArray | None:
         """The unembedding's weight (vocab, d_model), float32, opened; None if there is none."""
-        return open_stored(self.path / "unembedding" / "weight")
+        return open_array(self.path / "unembedding" / "weight")
 
     def _open(self, name: str) -> StoredArray:
-        stored = open_stored(self._locate(name))
+        stored = open_array(self._locate(name))
         if stored is None:
             raise FileNotFoundError(f"{self.path} has no array {name}")
         return _Unmoved(**vars(stored))
@@ -195,11 +201,18 @@ class StoredAttributions:
 class _Unmoved(StoredArray):
     """An array of a store that may be saved anew while it is read.
 
-    A chunk without a file is zeros, so files that went while they were read must be an error.
+    Files that went meanwhile are neither zeros, as in older stores, nor damage.
     """
 
     def chunks(self) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-        yield from super().chunks()
+        try:
+            yield from super().chunks()
+        except DamagedStoreError:
+            self._require_unmoved()
+            raise
+        self._require_unmoved()
+
+    def _require_unmoved(self) -> None:
         if not os.path.exists(os.path.join(self.path, "zarr.json")):
             raise FileNotFoundError(f"{self.path} went while it was read: {AGAIN}")
 
@@ -462,6 +475,7 @@ def _initial_attributes(
     attributes = {
         **{name: value for name, value in metadata.items() if name not in KEPT_BY_THE_STORE},
         **provenance(),
+        "schema_version": SCHEMA_VERSION,
         "edges": [list(edge) for edge in edges],
         "batches": 0,
         "tokens": 0,

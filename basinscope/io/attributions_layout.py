@@ -15,6 +15,7 @@ import numpy as np
 
 from basinscope.io.chunked import write_array, write_group
 
+SCHEMA_VERSION = 1
 METRICS = ("attr", "attr_abs", "mean_squared_attr")
 EMBED, OUTPUT = "embed", "output"
 OUTPUT_TOKENS = "output_tokens"  # targets that are single tokens, in the order of their ids
@@ -67,6 +68,12 @@ def write_groups(path: Path, edges: Collection[Edge], layers: Iterable[str]) -> 
 def sums_path(path: Path, metric: str, edge: Edge) -> Path:
     """Name the array of one edge."""
     return path / metric / edge[0] / edge[1] / "sum"
+
+
+def counts_of(layer: str) -> tuple[str, ...]:
+    """Name the counts that a layer has."""
+    of_components = ("mean_importance_sum", "active", "square_sum")
+    return {EMBED: ("occurrences",), OUTPUT: ("square_sum",)}.get(layer, of_components)
 
 
 def write_count(path: Path, layer: str, name: str, values: np.ndarray) -> None:

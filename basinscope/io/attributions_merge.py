@@ -13,6 +13,8 @@ from basinscope.io.attributions import StoredAttributions
 from basinscope.io.attributions_layout import (
     CHUNK,
     METRICS,
+    SCHEMA_VERSION,
+    counts_of,
     missing_ranks,
     settings_of,
     sums_path,
@@ -116,6 +118,7 @@ def _attributes_of_all(stores: Sequence[StoredAttributions], allow_missing: bool
     return {
         **first,
         **provenance(),
+        "schema_version": SCHEMA_VERSION,
         "finished_at": now(),
         "parts": parts,
         "batches": sum(store.metadata["batches"] for store in stores),
@@ -165,14 +168,14 @@ def _parts_of_all(stores: Sequence[StoredAttributions]) -> list[list[int]]:
 
 
 def _add_sums(stores: Sequence[StoredAttributions], draft: Path) -> None:
-    names = stores[0].count_names()
-    write_groups(draft, stores[0].edges, names)
+    layers = stores[0].metadata["layers"]
+    write_groups(draft, stores[0].edges, layers)
     for metric in METRICS:
         for edge in stores[0].edges:
             path = sums_path(draft, metric, edge)
             _add_matrix([store.sums(metric, *edge) for store in stores], path)
-    for layer, counts in names.items():
-        for name in counts:
+    for layer in layers:
+        for name in counts_of(layer):
             total = sum(store.counts(layer, name) for store in stores)
             write_count(draft, layer, name, np.asarray(total))
 

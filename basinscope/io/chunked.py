@@ -1,8 +1,9 @@
 """Zarr arrays that are written file by file, for stores of very many of them.
 
 zarr-python takes milliseconds to create an array, and tens of thousands make minutes of that. Here
-an array is its ``zarr.json`` and one compressed file for each chunk, written by the calling thread.
-A chunk of only zeros is no file.
+an array of real numbers is its ``zarr.json`` and one compressed file for each chunk, written by the
+calling thread. Every chunk has its file, those of only zeros too, and the fill value is NaN: a file
+that was lost is an error, and NaN to other readers, but never zeros.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numcodecs import blosc
 
 from basinscope.io.codecs import BLOSC_BLOCK
 from basinscope.io.durable import settle
+from basinscope.io.stored import StoredArray, open_stored
 
 LEVEL = 1  # of zstd; sums hold noise in most of their bits, which no level compresses
 
@@ -92,7 +94,7 @@ def create_array(
     dims: Sequence[str],
     chunks: Sequence[int],
 ) -> None:
-    """Write an array's ``zarr.json``: every chunk is zeros so far."""
+    """Write an array's ``zarr.json``; every chunk is still to be written."""
     path.mkdir(parents=True)
     compression = {
         "cname": "zstd", "clevel": LEVEL, "shuffle": "shuffle",
@@ -105,7 +107,7 @@ def create_array(
         "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunks)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0,
+        "fill_value": "NaN",
         "codecs": [
             {"name": "bytes", "configuration": {"endian": "little"}},
             {"name": "blosc", "configuration": compression},
@@ -120,9 +122,7 @@ def create_array(
 def write_chunk(
     path: Path, index: Sequence[int], values: np.ndarray, chunks: Sequence[int]
 ) -> None:
-    """Write one chunk of an array, unless it is only zeros; the last ones are filled up."""
-    if not values.any():
-        return
+    """Write one chunk of an array; the last ones are filled up."""
     whole = np.zeros(chunks, values.dtype.newbyteorder("<"))
     whole[tuple(slice(n) for n in values.shape)] = values
     encoded = blosc.compress(whole, b"zstd", LEVEL, blosc.SHUFFLE, BLOSC_BLOCK)
@@ -130,3 +130,22 @@ def write_chunk(
     with (path / name).open("wb") as out:
         out.write(encoded)
         out.write(google_crc32c.value(encoded).to_bytes(4, "little"))
+
+
+def open_array(path: Path) -> StoredArray | None:
+    """Open an array for reading, one without a file for a chunk as an error.
+
+    Older arrays have the fill value 0, and no files for chunks of only zeros, which are not missed.
+
+    Returns
+    -------
+    StoredArray or None
+        None where there is no array that can be read.
+    """
+    stored = open_stored(path)
+    return stored.written() if stored is not None and has_every_chunk(stored) else stored
+
+
+def has_every_chunk(stored: StoredArray) -> bool:
+    """Whether an array was written with a file for every chunk, so that none is missing."""
+    return bool(np.isnan(stored.fill_value))

@@ -16,6 +16,7 @@ from dask.delayed import delayed
 from zarr.codecs import Crc32cCodec
 
 from basinscope.io import dims
+from basinscope.io.finished import arrays_due
 from basinscope.io.location import local_path
 from basinscope.io.results import progress_bar
 from basinscope.io.schema import sampling_arrays
@@ -44,7 +45,8 @@ class Verification:
         Files that carry no checksum of their own: they could be decoded, no more is known.
     complete : bool
         Whether the store tells which files it must have, so that missing ones are among
-        ``damaged``: stores of :func:`basinscope.sample` do.
+        ``damaged``: stores of :func:`basinscope.sample` do, and finished ones of activations and
+        attributions (but for attributions written when zeros had no files).
     """
 
     path: Path
@@ -60,9 +62,10 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     """Read and decode every file of a store; changes nothing.
 
     Checksums are compared wherever there are some. In a store of :func:`basinscope.sample` arrays,
-    records, and chunks that a chain's record says were written must be there; in others, absent
-    files cannot be told from those that were never written. Files are tasks of Dask's scheduler,
-    so they are read side by side, on a cluster too.
+    records, and chunks that a chain's record says were written must be there; in a finished one of
+    activations or attributions, all arrays with all their chunks. In others, absent files cannot be
+    told from those that were never written. Files are tasks of Dask's scheduler, so they are read
+    side by side, on a cluster too.
 
     Parameters
     ----------
@@ -85,18 +88,21 @@ def verify(path: str | os.PathLike[str]) -> Verification:
     damaged: list[str] = []
     config = _config(root)
     records = _records(root, config, damaged) if config else {}
-    if config:
-        for name in ("chains", *_names(root, config)):
-            file = root / name / "zarr.json"
-            if not file.is_file():
-                damaged.append(f"{file if file.parent.is_dir() else file.parent} is missing")
+    finished = set(arrays_due(root))
+    required = [root / name for name in ("chains", *_names(root, config))] if config else finished
+    for directory in sorted(required):
+        if not (directory / "zarr.json").is_file():
+            gone = directory / "zarr.json" if directory.is_dir() else directory
+            damaged.append(f"{gone} is missing")
     tasks = []
     for directory, metadata in _arrays(root, records, damaged):
         stored = open_stored(directory)
         due = records if directory.parent == root else {}
         if stored is None:
-            tasks.append(delayed(_read_by_zarr)(directory, _inputs_written(due)))
+            must_exist = directory in finished or _inputs_written(due)
+            tasks.append(delayed(_read_by_zarr)(directory, must_exist))
             continue
+        stored = stored.written() if directory in finished else stored
         names = tuple(metadata.get("dimension_names") or ())
         of_checkpoint = directory.parent.parent.parent == root / "chains"
         for name, parts in _files(stored, names, due):
@@ -111,7 +117,7 @@ def verify(path: str | os.PathLike[str]) -> Verification:
         (*damaged, *(one.problem for one in read if one.problem)),
         tuple(f"chain {chain} {gap}" for chain, gap in describe_gaps(records).items()),
         sum(one.files for one in read if not one.has_checksum),
-        bool(config),
+        bool(config or finished),
     )
 
 

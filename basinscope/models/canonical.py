@@ -6,6 +6,7 @@ and interleaved projections need no table:
 
 - at the first position attention has one key to choose: only values reach its output;
 - the last position reads keys, and values, of those before it, but never a query of theirs;
+- queries are what else attention reads, at any position: at one, 16 bits may cancel to zero;
 - the product of a gate and an up projection is straight in the latter, bent in the former.
 """
 
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 
 from basinscope.models.forward import uncompiled
 from basinscope.models.structure import (
-    BY_HAND,
     Seen,
     UnknownStructureError,
     attention_modules,
     layer_modules,
     probe,
     projections_of,
+    reason_of,
+    require_module,
 )
 
 NOISE = 1e-3  # of the largest gradient: below it a gradient is rounding
@@ -80,14 +82,14 @@ def canonical_maps(model: nn.Module) -> dict[str, LinearMap]:
     UnknownStructureError
         If the model has no one list of layers, cannot be run, or if nothing in it has a name.
     """
+    require_module(model)
     model = uncompiled(model)
     try:
         layers, attention = layer_modules(model), attention_modules(model)
         probes = probe(model, [[name] for name in layers])
     except UnknownStructureError as error:
-        reason = str(error).replace(BY_HAND, "").strip()
         raise UnknownStructureError(
-            f"the linear maps of {type(model).__name__} cannot be named: {reason}"
+            f"the linear maps of {type(model).__name__} cannot be named: {reason_of(error)}"
         ) from error
     maps = {
         f"{number}.{role}": found
@@ -156,12 +158,13 @@ def _attention_roles(seen: Seen, names: list[str]) -> dict[str, Part]:
         return {}
     outputs = {name: seen.outputs[name] for name in before}
     of_first, of_last = _gradients(passed[0], outputs), _gradients(passed[-1], outputs)
+    of_all = _gradients(passed, outputs)
     largest = max(float(gradient[0].abs().max()) for gradient in of_first.values())
     players: dict[str, list[Part]] = {"attn.q": [], "attn.k": [], "attn.v": []}
     for name in outputs:
         value = of_first[name][0].abs() > NOISE * largest
         key = (of_last[name][:-1] != 0).any(0) & ~value
-        query = (of_last[name][-1] != 0) & ~key & ~value
+        query = (of_all[name] != 0).any(0) & ~key & ~value
         for role, rows in (("attn.q", query), ("attn.k", key), ("attn.v", value)):
             if rows.any():
                 players[role].append((name, rows.cpu().numpy()))
@@ -176,7 +179,7 @@ def _attention_roles(seen: Seen, names: list[str]) -> dict[str, Part]:
 
 
 def _gradients(passed: Tensor, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients (position, feature) of numbers that one position passes on."""
+    """Gradients (position, feature) of numbers that some positions pass on."""
     upstream = torch.linspace(1, 2, passed.numel()).to(passed).view(passed.shape)
     gradients = torch.autograd.grad(
         passed, list(outputs.values()), upstream, retain_graph=True, materialize_grads=True

@@ -34,6 +34,7 @@ from basinscope.models.sites import (
     find_sites,
     head_weights,
 )
+from basinscope.models.structure import require_module
 
 STATISTICS = ("mean", "variance", "second_moment")
 _HIDDEN = ("example", "position", "d_model")
@@ -147,7 +148,7 @@ def extract(
     Raises
     ------
     TypeError
-        If `config` or an intervention is something else.
+        If the model, `config` or an intervention is something else.
     ValueError
         Before the model runs: if nothing is asked for, a layer or position is out of range, ids are
         no (example, token) integers of the vocabulary, or the model has no such activation (says
@@ -176,6 +177,7 @@ class Extractor:
                 f"config={config!r} must be an ExtractionConfig, such as "
                 "ExtractionConfig(resid_out=True)"
             )
+        require_module(model)
         self.model = model = inside_bridge(model)
         self.config = config
         self.interventions = _listed(interventions)

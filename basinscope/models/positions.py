@@ -59,6 +59,8 @@ def _resolve(part: Any, length: int) -> Sequence[int]:
     if part == "last":
         return [length - 1]
     if isinstance(part, slice):
+        if part.step == 0:
+            raise ValueError(f"position {part!r} takes no steps: its step must not be 0")
         return range(length)[part]
     if not isinstance(part, int) or isinstance(part, bool):
         raise ValueError(

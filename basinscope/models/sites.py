@@ -18,7 +18,7 @@ from basinscope.models.canonical import canonical_maps
 from basinscope.models.forward import evaluating, is_transformer_lens, token_logits
 from basinscope.models.restrictions import structure_of
 from basinscope.models.stream import HIDDEN, Layer, first_tensor, stream_of
-from basinscope.models.structure import ModelStructure, UnknownStructureError
+from basinscope.models.structure import ModelStructure, UnknownStructureError, reason_of
 from basinscope.models.unembedding import find_final_norm
 
 FINAL_NORM = "last_layernorm"
@@ -133,6 +133,15 @@ def find_sites(model: nn.Module) -> Sites:
     """
     if is_transformer_lens(model):
         return _hooked_sites(model)
+    try:
+        return _sites(model)
+    except UnknownStructureError as error:
+        raise UnknownStructureError(
+            f"the activations of {type(model).__name__} cannot be found: {reason_of(error)}"
+        ) from error
+
+
+def _sites(model: nn.Module) -> Sites:
     stream = stream_of(model)
     structure = structure_of(model)
     plain: dict[str, Site] = {}
@@ -178,7 +187,7 @@ def _heads(structure: ModelStructure, layer: Layer, number: int) -> Heads | str:
     if layer.attention is None or layer.output_projection is None:
         return f"layer {number} has no attention"
     if found.unknown:
-        return found.unknown
+        return reason_of(found.unknown)
     if layer.attention_writes is None:
         return f"no output of {layer.module} was seen to be what its attention adds"
     return Heads(

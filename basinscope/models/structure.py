@@ -40,6 +40,20 @@ class UnknownStructureError(ValueError):
     """A part of the model was asked for that could not be found in it."""
 
 
+def require_module(model: object) -> None:
+    """Raise a TypeError unless a model is a ``torch.nn.Module``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module; got {type(model).__name__}: load it first, such as "
+            "with AutoModelForCausalLM.from_pretrained()"
+        )
+
+
+def reason_of(error: object) -> str:
+    """Give what an error says without its advice on masks, for what takes none."""
+    return str(error).replace(BY_HAND, "").strip().removesuffix(".")
+
+
 @dataclass(frozen=True)
 class HeadSlices:
     """Which heads the rows or columns of one parameter belong to.

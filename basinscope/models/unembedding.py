@@ -29,7 +29,12 @@ from basinscope.models.forward import (
 )
 from basinscope.models.head import NoLinearHeadError, ramp, scale_and_cap, tolerance_of
 from basinscope.models.stream import first_tensor
-from basinscope.models.structure import UnknownStructureError, layer_modules
+from basinscope.models.structure import (
+    UnknownStructureError,
+    layer_modules,
+    reason_of,
+    require_module,
+)
 
 PROBE_ROWS, PROBE_TOKENS = 2, 8
 LOUD = 1e4  # so large that no epsilon matters
@@ -102,9 +107,12 @@ def find_unembedding(model: nn.Module) -> Unembedding:
 
     Raises
     ------
+    TypeError
+        If the model is no module.
     UnknownStructureError
         If the logits are no such function of what the last layer returns; says what was found.
     """
+    require_module(model)
     model = inside_bridge(model)
     with _naming(model), torch.inference_mode(mode=False), torch.no_grad():
         run = _run(model)
@@ -163,7 +171,8 @@ def _naming(model: nn.Module) -> Iterator[None]:
         yield
     except (UnknownStructureError, NoLinearHeadError) as error:
         raise UnknownStructureError(
-            f"the unembedding of {type(model).__name__} cannot be taken out of it: {error}"
+            f"the unembedding of {type(model).__name__} cannot be taken out of it: "
+            f"{reason_of(error)}"
         ) from error
 
 

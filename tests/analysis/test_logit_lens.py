@@ -665,6 +665,7 @@ def test_keys_that_are_not_there() -> None:
         ([1, (2, 3, 4), 4], {}, r"token_directions\[1\] is \(2, 3, 4\): give a token id or a pair"),
         ([1, 2.5, 4], {}, r"token_directions\[1\] is 2.5"),
         ([1, 2, 3], {"metric": "accuracy"}, r"token_directions\[0\] is one token: .* pairs"),
+        (5, {}, "token_directions=5: give a token id, or a pair of them, for each example"),
         (None, {"metric": "accuracy"}, "metric='accuracy' needs token_directions: .* pair"),
         ([1, 2, 3], {"metric": "loss"}, "metric='loss': give 'logit_diff' or 'accuracy'"),
         ([1, 2, 3], {"apply_softmax": True}, "apply_softmax needs the logits of all tokens"),
@@ -675,6 +676,20 @@ def test_what_cannot_be_asked(directions: Any, options: Any, message: str) -> No
     _, cache, lens = of("gpt2")
     with pytest.raises(ValueError, match=message):
         lens.compute(cache, "resid_out_{i}", directions, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": some_ids()[0]}, r"input_ids are int64 of shape \(9,\): give whole numbers"),
+        ({"input_ids": some_ids().float()}, "input_ids are float32 of shape"),
+        ({"targets": np.full((3, 9), 1.7)}, "targets are float64 of shape"),
+    ],
+)
+def test_what_are_no_token_ids(given: Any, message: str) -> None:
+    _, cache, lens = of("gpt2")
+    with pytest.raises(ValueError, match=message):
+        lens.measures(cache, **given)
 
 
 def test_what_does_not_belong_together() -> None:

@@ -498,6 +498,7 @@ def test_wrong_components_and_data_are_refused(tmp_path: Path) -> None:
         (model, token_rows(3, 5, 1, 60), parts, ValueError, "token ids from"),
         (model, [[1, 2]], parts, TypeError, r"must be a datasets\.Dataset"),
         (RawModel(), dataset, parts, ValueError, "RawModel is no Hugging Face model"),
+        ("gpt2", dataset, parts, TypeError, r"model must be a torch\.nn\.Module; got str"),
     ]
     for of, data, components, kind, message in wrong:
         with pytest.raises(kind, match=message):

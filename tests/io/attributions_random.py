@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from basinscope.io.attributions import METRICS, AttributionWriter, Counts, Edge, Sums
+from basinscope.io.stored import open_stored
 
 SIZES = {"embed": 11, "0.attn.q": 6, "0.mlp.up": 9, "1.mlp.up": 7, "output": 4}
 KINDS = {"embed": "embedding", "output": "output"}
@@ -124,3 +126,21 @@ def write_part(
 def random_store(path: Path, seed: int = 0, tokens: int = 100, **metadata: Any) -> Path:
     """Write a finished random store."""
     return write_part(path, *random_sums(np.random.default_rng(seed), tokens), tokens, **metadata)
+
+
+def as_older(path: Path) -> Path:
+    """Make a store what it was when the fill value was 0, and chunks of only zeros no files."""
+    for file in path.rglob("zarr.json"):
+        metadata = json.loads(file.read_text())
+        if metadata["node_type"] != "array":
+            continue
+        file.write_text(json.dumps({**metadata, "fill_value": 0}))
+        stored = open_stored(file.parent)
+        assert stored is not None
+        for chunk in file.parent.glob("c.*"):
+            index = [int(number) for number in chunk.name.split(".")[1:]]
+            corner = [i * n for i, n in zip(index, stored.file_shape, strict=True)]
+            bounds = [slice(a, a + n) for a, n in zip(corner, stored.file_shape, strict=True)]
+            if not np.asarray(stored.part(*bounds)).any():
+                chunk.unlink()
+    return path

@@ -243,6 +243,33 @@ def test_a_chunk_that_is_gone_is_an_error_not_a_number(tmp_path: Path) -> None:
         open_activations(path)["resid_out_0"].compute()
 
 
+@pytest.mark.parametrize("name", ["weight", "norm_weight"])
+def test_a_lost_file_of_the_unembedding_is_an_error_not_nan(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    fill(made := writer(path, 5, unembedding=unembedding()), 5)
+    made.finish()
+    chunks_of(path / "unembedding", name)[0].unlink()
+    with pytest.raises(DamagedStoreError, match=rf"unembedding/{name}/c\.0.* lacks chunk"):
+        open_activations(path)["unembedding"][name].compute()
+
+
+def test_a_lost_coordinate_is_an_error_not_position_zero(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    fill(made := writer(path, 5), 5)
+    made.finish()
+    (path / "position" / "c" / "0").unlink()
+    with pytest.raises(DamagedStoreError, match="position/c/0 lacks chunk"):
+        open_activations(path)
+
+
+@pytest.mark.parametrize("values", [[0, 0, 0], [0.0, np.nan, -1.5], [False, False, True], "abc"])
+def test_coordinates_of_any_type_are_as_they_were_given(values: Any, tmp_path: Path) -> None:
+    given = np.array(list(values))
+    fill(made := writer(tmp_path / "a.zarr", 5, coords={"position": given}), 5)
+    made.finish()
+    np.testing.assert_array_equal(open_activations(tmp_path / "a.zarr")["position"], given)
+
+
 def test_a_selection_that_xarray_saved_is_said_to_be_one(tmp_path: Path) -> None:
     fill(made := writer(tmp_path / "a.zarr", 50), 50)
     made.finish()

@@ -186,6 +186,15 @@ def test_datasets_trees_and_single_arrays_are_saved(tmp_path: Path) -> None:
     assert (again / "activations.zarr" / "unembedding" / "weight").is_dir()
 
 
+@pytest.mark.parametrize(
+    "values", [np.zeros((4, 5), int), np.zeros(7, bool), np.full((2, 3, 4), np.nan), np.zeros(())]
+)
+def test_what_a_chunk_without_a_file_would_be_is_saved_too(values: Any, tmp_path: Path) -> None:
+    save(tmp_path, activations={"custom": values})
+    tree, _ = loader(tmp_path).query().load()
+    np.testing.assert_array_equal(tree["custom"], values)
+
+
 def test_arrays_of_other_sizes_get_dims_of_their_own(tmp_path: Path) -> None:
     labelled = xr.DataArray(np.ones((7, 1)), dims=("vocab", "one"))
     arrays = {"resid_out_0": np.ones((2, 3, 4)), "resid_out_1": np.ones((2, 5, 4)), "x": [1, 2]}
@@ -216,7 +225,10 @@ def test_an_embedding_of_another_width_leaves_the_stream_its_axis(
 NO_ARRAYS = [{"a": 1}, "text", None, [[1, 2], [3]], [object()], 1j, np.array(["a"])]
 
 
-@pytest.mark.parametrize("value", [*NO_ARRAYS, torch.ones(2, dtype=torch.complex64)])
+NO_NUMBERS = [torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()]
+
+
+@pytest.mark.parametrize("value", [*NO_ARRAYS, *NO_NUMBERS, torch.ones(2, device="meta")])
 def test_what_is_no_array_is_refused_by_name(value: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="mapping_index"):
         save(tmp_path, activations={"resid_out_0": np.ones((2, 3, 4)), "mapping_index": value})

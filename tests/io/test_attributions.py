@@ -26,8 +26,10 @@ from basinscope.io.attributions import (
 )
 from basinscope.io.attributions_layout import CHUNK, METRICS, Counts, Sums
 from basinscope.io.store import StoreMismatchError
+from basinscope.io.stored import DamagedStoreError
 from tests.io.attributions_random import (
     EDGES,
+    as_older,
     count_shapes,
     metadata_of,
     new_writer,
@@ -73,7 +75,7 @@ def test_an_unfinished_store_is_plain_zarr_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, sums["attr"]["output", "embed"])
 
 
-def test_wide_matrices_are_cut_and_blocks_of_zeros_are_no_files(tmp_path: Path) -> None:
+def test_wide_matrices_are_cut_and_blocks_of_zeros_are_files_too(tmp_path: Path) -> None:
     sizes = {"embed": 2 * CHUNK[1] + 100, "0.mlp.up": CHUNK[0] + 10}
     edges = [("0.mlp.up", "embed")]
     sums, counts = random_sums(np.random.default_rng(0), 10, edges, sizes)
@@ -89,7 +91,9 @@ def test_wide_matrices_are_cut_and_blocks_of_zeros_are_no_files(tmp_path: Path) 
         writer.finish()
     store = open_attributions(tmp_path / "s.zarr")
     folder = tmp_path / "s.zarr" / "attr" / "0.mlp.up" / "embed" / "sum"
-    assert [file.name for file in folder.glob("c*")] == ["c.1.2"]
+    assert {file.name for file in folder.glob("c*")} == {
+        f"c.{i}.{j}" for i in (0, 1) for j in range(3)
+    }
     for metric in METRICS:
         with dask.config.set(scheduler="sync"):
             lazy = store.matrix(metric, *edges[0])
@@ -101,6 +105,38 @@ def test_wide_matrices_are_cut_and_blocks_of_zeros_are_no_files(tmp_path: Path) 
         np.testing.assert_array_equal(np.asarray(column)[:, 0], sums[metric][edges[0]][:, 800])
         array = zarr.open_array(tmp_path / "s.zarr" / metric / "0.mlp.up" / "embed" / "sum")
         np.testing.assert_array_equal(array[:], sums[metric][edges[0]])
+
+
+def test_a_lost_file_is_an_error_never_zeros(tmp_path: Path) -> None:
+    path = random_store(tmp_path / "s.zarr")
+    lost = [f"{metric}/output/embed/sum/c.0.0" for metric in METRICS]
+    for name in (*lost, "counts/embed/occurrences/c.0", "unembedding/weight/c.0.0"):
+        (path / name).unlink()
+    store = open_attributions(path)
+    assert store.unembedding is not None
+    for read in (
+        lambda: np.asarray(store.sums("attr", "output", "embed")),
+        lambda: store.matrix("attr_abs", "output", "embed").compute(),
+        lambda: store.counts("embed", "occurrences"),
+        lambda: np.asarray(store.unembedding),
+    ):
+        with pytest.raises(DamagedStoreError, match=r"lacks chunk.*restore the store from a copy"):
+            read()
+
+
+def test_older_stores_have_no_files_for_zeros(tmp_path: Path) -> None:
+    sums, counts = random_sums(np.random.default_rng(0))
+    sums["attr"]["output", "embed"][:] = 0
+    counts["0.attn.q"]["active"][:] = 0
+    path = as_older(write_part(tmp_path / "s.zarr", sums, counts))
+    assert not list(path.glob("attr/output/embed/sum/c*"))
+    store = open_attributions(path)
+    for edge in EDGES:
+        np.testing.assert_array_equal(np.asarray(store.sums("attr", *edge)), sums["attr"][edge])
+    assert not store.counts("0.attn.q", "active").any()
+    (path / "attr" / "output" / "0.mlp.up" / "sum" / "c.0.0").write_bytes(b"no chunk")
+    with pytest.raises(DamagedStoreError, match="is damaged"):
+        np.asarray(store.sums("attr", "output", "0.mlp.up"))
 
 
 def test_a_row_opens_only_the_files_it_touches(
@@ -394,7 +430,7 @@ def times(once: tuple[Sums, Counts], factor: float) -> tuple[Sums, Counts]:
 
 
 def test_a_reader_never_takes_a_removed_file_for_zeros(tmp_path: Path) -> None:
-    """A chunk without a file is zeros, so one that a newer save removed must be an error."""
+    """In older stores a chunk without a file is zeros, and here it is no damage."""
     once = random_sums(np.random.default_rng(0))
     with new_writer(tmp_path / "s.zarr") as writer:
         writer.save(*once, tokens=10, batches_done=1)

@@ -140,6 +140,18 @@ def test_names_do_not_depend_on_the_dtype(dtype: torch.dtype) -> None:
             assert np.array_equal(linear.rows, other[name].rows)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "falcon"])
+def test_a_gradient_that_16_bits_cancel_to_zero_hides_no_query(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Of 2048 query features in 8 layers, some have the gradient 0 at any one position."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, intermediate_size=256, **sizes)
+    maps = canonical_maps(AutoModelForCausalLM.from_config(config).to(dtype))
+    assert {f"{layer}.{role}" for layer in range(8) for role in ATTENTION} <= maps.keys()
+
+
 def test_weights_of_zero_are_no_obstacle_and_the_model_is_left_alone() -> None:
     model = made("gpt_neox, interleaved").train()
     for parameter in model.parameters():

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.activation_cache import ActivationCache
+from basinscope.models.components import neurons
 from basinscope.models.extraction import ExtractionConfig, Extractor, extract
 from basinscope.models.interventions import Intervention
 from basinscope.models.restrictions import structure_of
 from basinscope.models.sites import find_sites
 from basinscope.models.stream import stream_of
+from basinscope.models.unembedding import find_unembedding
 from tests.models.models_tiny import CONFIGS, VOCABULARY, tiny
 from tests.models.test_structure import GROUPED, hugging_face
 
@@ -350,6 +352,18 @@ def test_queries_whose_heads_are_unknown_are_refused() -> None:
         extract(model, ids() % 40, config("queries"))
 
 
+def test_advice_on_masks_is_for_who_takes_masks() -> None:
+    """What is refused here was found by code that weight restrictions share."""
+    mamba = hugging_face("mamba", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4})
+    with pytest.raises(ValueError, match="activations of MambaForCausalLM cannot be found") as lost:
+        extract(mamba, ids() % 40, config("resid_out"))
+    with pytest.raises(ValueError, match=r"heads of layer 0 .* cannot be told apart") as mixed:
+        extract(hugging_face("diffllama", GROUPED), ids() % 40, config("head_out"))
+    with pytest.raises(ValueError, match="unembedding of MambaForCausalLM cannot") as headless:
+        find_unembedding(mamba)
+    assert not any("masks" in str(caught.value) for caught in (lost, mixed, headless))
+
+
 def test_a_mixer_of_tokens_is_no_mlp() -> None:
     mamba = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "num_mem_blocks": 1}
     kinds = {"layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1]}
@@ -469,6 +483,10 @@ def test_a_cache_says_what_it_holds() -> None:
             lambda m: extract(m, ids(), config("resid_out", target_token_positions=slice(9, 9))),
             "names no token",
         ),
+        (
+            lambda m: extract(m, ids(), config("resid_out", target_token_positions=slice(0, 4, 0))),
+            "its step must not be 0",
+        ),
         (lambda m: extract(m, ids() + 1000, config("resid_out")), "token id 10.. is no row"),
         (
             lambda m: extract(m, ids().repeat(1, 5), config("resid_out")),
@@ -511,6 +529,12 @@ def test_what_is_no_configuration_or_intervention(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         extract(tiny("gpt2"), ids(), given, interventions)
+
+
+def test_a_name_is_no_model() -> None:
+    for take in (lambda name: extract(name, ids(), config("resid_out")), find_unembedding, neurons):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got str: load it"):
+            take("gpt2")
 
 
 def test_layers_that_add_nothing_say_so() -> None:
