@@ -178,6 +178,15 @@ def test_another_result_is_never_continued(
         basinscope.compute_bif(whole, **{**common, **options})
 
 
+def test_a_result_of_observables_in_another_order_is_never_continued(
+    whole: Path, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"correlation_method": "sequence", "output_path": tmp_path / "r.zarr"}
+    basinscope.compute_bif(whole, loss_keys=["a", "b"], **common)
+    with pytest.raises(StoreMismatchError, match=r"bif.loss_keys: the store has \['a', 'b'\]"):
+        basinscope.compute_bif(whole, loss_keys=["b", "a"], **common)
+
+
 def test_the_result_of_another_store_is_never_continued(
     whole: Path, stopped: Path, tmp_path: Path
 ) -> None:
@@ -192,6 +201,22 @@ def test_the_result_of_another_store_is_never_continued(
         pytest.raises(StoreMismatchError, match=said),
     ):
         basinscope.compute_bif(other, output_path=tmp_path / "r.zarr")
+
+
+@pytest.mark.parametrize("kind", ["token", "average", "sequence"])
+def test_a_covariance_may_be_larger_than_a_correlation(kind: str) -> None:
+    tree = random_tree(1, fluctuation=9.0)
+    losses = np.concatenate([tree["loss_a"], tree["loss_b"]], axis=2)
+    traces = reference.samples(losses, "stack")
+    oracle = {
+        "token": reference.token_blocks,
+        "average": reference.averaged_blocks,
+        "sequence": reference.sequence_influence,
+    }[kind]
+    expected = oracle(traces, traces, "covariance")
+    assert np.abs(expected).max() > 3
+    got = basinscope.compute_bif(tree, **{**KINDS[kind], "compute_covariance": True})
+    np.testing.assert_allclose(got["influences"], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", ["all", [8, 2, 5, 0], [1, 2, 3]])

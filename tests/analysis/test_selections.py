@@ -78,6 +78,12 @@ def test_chains_without_numbers_are_not_guessed(store: Path, tmp_path: Path) -> 
             basinscope.compute_llc(source)
 
 
+def test_a_chain_counts_once(store: Path) -> None:
+    twice = opened(store).isel(chain=[1, 2, 1])
+    with pytest.raises(ValueError, match=r"chains \[1, 2, 1\] of .* are not those of its records"):
+        basinscope.compute_llc(twice)
+
+
 @pytest.mark.parametrize("rows", [slice(0, 5), slice(2, None)])
 def test_a_chain_that_failed_stays_out_where_the_records_are_lost(rows: slice, store: Path) -> None:
     tree = opened(store)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from basinscope.analysis import stores as samples
 from basinscope.analysis.susceptibilities import plan_of_susceptibilities
 from basinscope.io import results, stored
 from basinscope.io.store import StoreMismatchError
+from basinscope.sampling.config import SamplerConfig
 from tests.analysis.stores_random import random_tree, write_tree
 from tests.analysis.stores_recorded import fail, recorded_store
 from tests.reference import analysis as reference
@@ -196,6 +199,25 @@ def test_settings_that_differ_are_named_with_both_sides(config: dict[str, Any], 
     assert "l0h1" not in str(caught.value)
 
 
+def test_every_setting_that_is_not_known_to_be_harmless_is_compared() -> None:
+    harmless = {
+        "init_seed", "num_chains", "num_draws", "num_init_loss_batches", "save_metrics",
+        "save_sampling_input_ids", "loss_keep_bits",
+    }  # fmt: skip
+    settings = {field.name for field in fields(SamplerConfig)}
+    assert harmless < settings
+    for name in settings:
+        runs = {
+            run: with_config(TREES[of], {"sampler": {"n_beta": 10.0, name: value}})
+            for run, of, value in (("full", "full", 1.0), ("l0", "embed", 2.0))
+        }
+        if name in harmless:
+            basinscope.compute_susceptibilities(runs, "task")
+            continue
+        with pytest.raises(ValueError, match=f"sampler {name}: 1.0 in 'full', 2.0 in 'l0'"):
+            basinscope.compute_susceptibilities(runs, "task")
+
+
 def test_a_full_run_that_moves_less_than_a_part_is_refused() -> None:
     settings = {"sampler": {"n_beta": 10.0}}
     runs = {
@@ -289,6 +311,8 @@ def test_a_result_of_what_is_in_memory_can_be_written(tmp_path: Path) -> None:
     expected = basinscope.compute_susceptibilities(TREES, "task")
     for name in ("susceptibilities", "context"):
         xr.testing.assert_equal(written[name].to_dataset(), expected[name].to_dataset())
+    names = json.loads((tmp_path / "r" / "susceptibilities" / "wr" / "zarr.json").read_text())
+    assert names["data_type"] == "string"  # which other readers know
 
 
 def test_a_stopped_stream_is_continued_with_what_is_missing(
@@ -345,6 +369,20 @@ def test_another_result_is_never_continued(
         runs["embed"] = recorded_store(tmp_path / "other.zarr", TREES["embed"])
     with pytest.raises(StoreMismatchError, match=said):
         basinscope.compute_susceptibilities(runs, task, names, output_path=path)
+
+
+@pytest.mark.parametrize("observable", ["task", "pile"])
+def test_a_result_of_other_losses_is_never_continued(
+    observable: str, stores: Mapping[str, Path], tmp_path: Path
+) -> None:
+    basinscope.compute_susceptibilities(stores, "task", output_path=tmp_path / "r.zarr")
+    name = f"loss_{observable}"
+    changed = TREES["embed"].to_dataset().assign({name: TREES["embed"][name] + 1})
+    other = recorded_store(tmp_path / "embed.zarr", xr.DataTree(changed))  # the same in all else
+    with pytest.raises(StoreMismatchError, match=r"sources\.embed\.losses"):
+        basinscope.compute_susceptibilities(
+            {**stores, "embed": other}, "task", output_path=tmp_path / "r.zarr"
+        )
 
 
 @pytest.mark.parametrize("run", ["full", "embed"])

@@ -18,6 +18,7 @@ from datasets import Dataset
 
 import basinscope
 from basinscope.io.attributions_merge import merge_attributions
+from basinscope.io.chunked import read_attributes, replace_attributes, write_group
 from basinscope.io.durable import settle, settle_tree, written_files
 from basinscope.io.results import write_result
 from tests.io.attributions_random import new_writer, random_store, random_sums
@@ -87,6 +88,24 @@ def test_a_record_follows_what_it_speaks_of(store: Path, synced: Synced) -> None
         for place, slot in named:
             before = [path for path, _, _ in events[:place]]
             assert store / "chains" / str(chain) / slot / "weights" / "zarr.json" in before
+
+
+def test_a_record_and_its_new_name_are_on_the_disk(
+    tmp_path: Path, synced: Synced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_group(tmp_path / "0", {"state": "running"})
+    really, moved = Path.replace, list[int]()
+
+    def replace(self: Path, target: Path) -> Path:
+        moved.append(len(synced))
+        return really(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    replace_attributes(tmp_path / "0", {"state": "done"})
+    (place,) = moved
+    assert tmp_path / "0" / "zarr.json" in [path for path, _, _ in synced[:place]]
+    assert tmp_path / "0" in [path for path, _, _ in synced[place:]]
+    assert read_attributes(tmp_path / "0") == {"state": "done"}
 
 
 def test_a_harvests_record_follows_the_sums_that_it_names(tmp_path: Path, synced: Synced) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+from datasets import Dataset
 
 import basinscope
 from basinscope.io.store import FAILED, RUNNING, SampleStore
@@ -61,6 +62,32 @@ def test_a_whole_store_is_as_it_was_written(store: Path) -> None:
     assert found.files == len(files)
     assert found.bytes_read == sum(file.stat().st_size for file in files)
     assert data_files(store) == files
+
+
+def test_inputs_are_due_once_one_chain_was_started(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="chain 1 was not started"):
+        basinscope.open_store(
+            sample(
+                tmp_path / "s.zarr", {"a": (token_rows(9, 9, seed=2), 1)}, num_chains=2,
+                num_draws=2, chains=[0],
+            )
+        )  # fmt: skip
+    assert verify(tmp_path / "s.zarr").damaged == ()
+    gone = tmp_path / "s.zarr" / "input_ids_a" / "c" / "0" / "0"
+    gone.unlink()
+    (said,) = verify(tmp_path / "s.zarr").damaged
+    assert str(gone) in said
+
+
+def test_zeros_are_written_like_other_numbers(tmp_path: Path) -> None:
+    """Token 0 and row 0 alone fill chunks with what missing ones read as."""
+    one = Dataset.from_dict({"input_ids": [[0] * 5]}).with_format("torch")
+    basinscope.sample(
+        tiny_model("raw"), one, {"zeros": (one, 1)}, lr=1e-3, n_beta=10.0, num_chains=1,
+        num_draws=2, batch_size=1, save_sampling_input_ids=True, device="cpu", progress=False,
+        output_path=tmp_path / "s.zarr",
+    )  # fmt: skip
+    assert verify(tmp_path / "s.zarr").damaged == ()
 
 
 def test_every_file_that_is_damaged_or_missing_is_named(store: Path) -> None:

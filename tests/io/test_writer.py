@@ -211,6 +211,19 @@ def test_row_buffer_hands_over_whole_files_from_any_first_row(
         np.testing.assert_array_equal(values[:, 0], np.arange(part.start, part.stop))
 
 
+@pytest.mark.parametrize(("row", "kept"), [(9, 9), (8, 8), (7, 7), (3, 7)])
+def test_rows_that_are_dropped_are_never_handed_over(row: int, kept: int, store: Store) -> None:
+    puts: list[slice] = []
+    spy = Spy(store.arrays, puts)
+    buffer = RowBuffer(spy, "a", 1, 7, room=room, ready=np.asarray)  # type: ignore[arg-type]
+    for number in (7, 8):
+        buffer.append(np.full(WIDTH, number, np.float32))
+    buffer.drop_from(row)
+    buffer.flush()
+    assert [number for values in spy.values for number in values[:, 0]] == [*range(7, kept)]
+    assert puts == ([slice(7, kept)] if kept > 7 else [])
+
+
 @pytest.mark.parametrize("name", ["a", "sharded"])
 @pytest.mark.parametrize("cut", [1, 4, 5, 7, 22])
 def test_rows_written_in_two_sittings_are_all_there(name: str, cut: int, store: Store) -> None:

@@ -250,7 +250,7 @@ def test_every_upstream_gradient_is_honoured(path: str, dtype: torch.dtype, kind
 
 
 @pytest.mark.parametrize(("path", "dtype"), each_path_and_dtype())
-@pytest.mark.parametrize("value", [1.0, -0.7, 3e-3], ids=str)
+@pytest.mark.parametrize("value", [1.0, -0.7, 3e-3, 1.001 / 37], ids=str)  # also nearly the mean's
 def test_an_upstream_gradient_that_all_tokens_share(
     path: str, dtype: torch.dtype, value: float
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basinscope.kernels import compiled, noise_reference
+from basinscope.kernels import compiled, noise_reference, noise_triton
 from basinscope.kernels.noise import INIT, LANGEVIN, fill_normal
 from tests.reference import philox
 
@@ -99,3 +99,10 @@ def test_addresses_out_of_range_are_refused(change: dict[str, int], message: str
 def test_integers_are_refused() -> None:
     with pytest.raises(ValueError, match=r"floating-point tensor, got torch\.int64"):
         fill_normal(torch.zeros(4, dtype=torch.int64), **PLAIN)
+
+
+@pytest.mark.parametrize("word", [0, 1, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1])
+def test_words_go_to_the_kernel_as_signed_integers_of_the_same_bits(word: int) -> None:
+    signed = noise_triton.as_int32(word)
+    assert -(2**31) <= signed < 2**31
+    assert signed % 2**32 == word

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "loud": {"noise_level": 2.5},
     "boxed": {"bounding_box_size": 0.05, "localization": 5.0},
     "rmsprop": {"alpha": 0.9, "eps": 0.1, "localization": 5.0, "weight_decay": 3.0},
+    "rmsprop of one step": {"alpha": 0.0, "eps": 0.1},
     "everything": {
         "alpha": 0.99,
         "eps": 0.01,
@@ -261,6 +262,60 @@ def test_mixed_dtypes_and_strided_gradients(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_parameters_of_two_dtypes_are_measured_together_and_remember_their_own(path: str) -> None:
+    dtypes = [torch.float32, torch.bfloat16]
+    problem = Problem(CASES["rmsprop"], shapes=[(6,), (4,)])
+    of_each = [problem.weights, problem.anchors, *problem.steps]
+    tensors = [
+        [t.to(d) for t, d in zip(of, dtypes, strict=True) if t is not None] for of in of_each
+    ]
+
+    def run(members: list[int]) -> tuple[SgldUpdate, np.ndarray]:
+        weights, anchors, *steps = ([of[i].clone() for i in members] for of in tensors)
+        update = SgldUpdate(
+            weights, anchors=anchors, param_indices=members, metrics=True, path=path,
+            **asdict(problem.settings),
+        )  # fmt: skip
+        found = [update.step(gradients, step=i, **ADDRESS) for i, gradients in enumerate(steps)]
+        return update, np.array([wide(metrics) for metrics in found if metrics is not None])
+
+    together, measured = run([0, 1])
+    alone, parts = zip(run([0]), run([1]), strict=True)
+    for i, update in enumerate(alone):
+        assert torch.equal(together.params[i], update.params[0])
+        assert together.square_avgs is not None
+        assert update.square_avgs is not None
+        assert torch.equal(together.square_avgs[i], update.square_avgs[0])
+    norms, dots = np.s_[:, :6], np.s_[:, 6:]
+    np.testing.assert_allclose(measured[norms], np.hypot(*(p[norms] for p in parts)), rtol=1e-5)
+    np.testing.assert_allclose(measured[dots], sum(p[dots] for p in parts), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_box_without_room_holds_weights_at_their_anchors(path: str) -> None:
+    problem = Problem({"bounding_box_size": 0.0}, masked=True)
+    update = problem.update(path, metrics=False)
+    problem.run(update)
+    for ours, anchor, old, mask in zip(
+        update.params, problem.anchors, problem.weights, problem.masks, strict=True
+    ):
+        assert torch.equal(ours, anchor if mask is None else torch.where(mask, anchor, old))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_anchors_may_lie_in_any_order(path: str) -> None:
+    problem = Problem(CASES["localized"], shapes=[(4, 6)])
+    usual = problem.update(path)
+    problem.anchors = [anchor.mT.contiguous().mT for anchor in problem.anchors]
+    strided = problem.update(path)
+    for ours, theirs in zip(problem.run(strided), problem.run(usual), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
+    assert torch.equal(strided.params[0], usual.params[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_a_run_continues_from_its_weights_and_second_moments(path: str) -> None:
     problem = Problem(CASES["everything"])
     whole = problem.update(path)
@@ -372,6 +427,19 @@ def test_gradients_are_zeroed_in_the_same_pass(path: str, dtype: torch.dtype) ->
     assert all(map(torch.equal, zeroing.params, leaving.params))
     assert torch.equal(metrics, expected)
     assert not any(g.any() for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_that_no_chosen_weight_has_are_zeroed_too(path: str) -> None:
+    problem = Problem(CASES["plain"], shapes=[(5000,)])
+    mask = torch.zeros(5000, dtype=torch.bool)
+    mask[4999] = True
+    problem.masks = [mask]
+    update = problem.update(path, metrics=False, zero_grads=True)
+    (gradient,) = problem.steps[0]
+    assert gradient is not None
+    update.step([gradient], step=0, **ADDRESS)
+    assert not gradient.any()
 
 
 def test_gradients_that_would_be_copied_cannot_be_zeroed() -> None:

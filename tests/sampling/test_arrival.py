@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from basinscope.io.store import SampleStore
 from basinscope.sampling import arrival
 from basinscope.sampling.arrival import SAMPLING_LOSS, Arriving, LossWatch, NonFiniteLossError
+from basinscope.sampling.losses import next_token_loss
 from basinscope.sampling.sample import ChainFailedWarning, sample
 from tests.conftest import token_rows
 from tests.models_small import tiny_model
@@ -94,3 +96,30 @@ def test_a_failure_that_is_noticed_late_leaves_the_same_store(
         np.testing.assert_array_equal(late.arrays[name][...], array[...], err_msg=name)
     assert np.isfinite(late.arrays["loss_a"][0, :4]).all()
     assert np.isnan(late.arrays["loss_a"][0, 4:]).all()
+
+
+class InfiniteOnce:
+    """The model's loss, but infinite on the observable after the n-th gradient."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def __call__(self, model: nn.Module, ids: Tensor) -> Tensor:
+        self.calls += torch.is_grad_enabled()
+        infinite = self.calls == self.at and not torch.is_grad_enabled()
+        return next_token_loss(model, ids) + (math.inf if infinite else 0.0)
+
+
+@pytest.mark.usefixtures("late")
+def test_draws_behind_a_failed_one_are_dropped_though_their_losses_are_numbers(
+    tmp_path: Path,
+) -> None:
+    with pytest.warns(ChainFailedWarning, match="chain 0 at step 7: the loss of observable a"):
+        sample(
+            tiny_model("raw"), token_rows(24, 9, seed=1), {"a": (token_rows(9, 9, seed=2), 1)},
+            lr=1e-4, n_beta=1.0, num_chains=1, num_draws=6, num_burnin_steps=3,
+            num_steps_bw_draws=2, batch_size=4, num_init_loss_batches=1, progress=False,
+            loss_fn=InfiniteOnce(9), output_path=tmp_path / "s.zarr", device="cpu",
+        )  # fmt: skip
+    losses = SampleStore(tmp_path / "s.zarr").arrays["loss_a"][0]
+    np.testing.assert_array_equal(np.isnan(losses).all((1, 2)), [False] * 2 + [True] * 4)

@@ -1,4 +1,4 @@
-"""What a loss is known by: its code, what is fixed with it, and the user's functions it calls."""
+"""What a loss, a model and a restriction are known by: code, numbers, and which elements move."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from basinscope.sampling.identity import describe_function
+from basinscope.sampling.identity import describe_function, describe_masks, describe_model
 
 # the text of losses.py and of helpers.py beside it; VALUE is 1.0 in one, 2.0 in the other
 KNOWN_BY: dict[str, tuple[str, str]] = {
     "a global": ("scale = VALUE\ndef loss_fn(m, i): return scale * m(i)", ""),
+    "the default of a keyword": ("def loss_fn(m, i, *, scale=VALUE): return scale * m(i)", ""),
     "in a comprehension": (
         "scale = VALUE\ndef loss_fn(m, i): return [scale * x for x in m(i)]",
         "",
@@ -223,7 +224,7 @@ from pathlib import Path
 import cloudpickle
 import helpers
 import torch
-from basinscope.sampling.identity import describe_function
+from basinscope.sampling.identity import describe_function, describe_masks, describe_model
 scale = torch.tensor(3.0)
 reference = torch.nn.Linear(2, 2)
 @torch.no_grad()
@@ -238,7 +239,7 @@ print(describe_function(loss_fn))
 import sys, cloudpickle
 from pathlib import Path
 sys.path.insert(0, {str(tmp_path)!r})
-from basinscope.sampling.identity import describe_function
+from basinscope.sampling.identity import describe_function, describe_masks, describe_model
 print(describe_function(cloudpickle.loads(Path({str(sent)!r}).read_bytes())))
 """
     here = subprocess.run(
@@ -272,3 +273,28 @@ def described(
         finally:
             for name in ("losses", "helpers"):
                 sys.modules.pop(name, None)
+
+
+def test_a_model_is_known_by_its_weights_and_buffers() -> None:
+    model = nn.BatchNorm1d(3)
+    found = [describe_model(model)["sha256"]]
+    for tensor in (model.weight, model.running_mean, model.num_batches_tracked):
+        assert tensor is not None
+        with torch.no_grad():
+            tensor += 1
+        found.append(describe_model(model)["sha256"])
+    assert len(set(found)) == 4
+
+
+def test_a_restriction_is_known_by_the_elements_that_move() -> None:
+    model = nn.Linear(4, 3)
+    first, last = torch.zeros(2, 3, 4, dtype=torch.bool)
+    first[0], last[2] = True, True
+    restrictions: list[dict[str, Tensor | None]] = [
+        {"weight": first}, {"weight": last}, {"weight": None}, {"bias": None},
+        {"weight": first, "bias": None},
+    ]  # fmt: skip
+    assert len({describe_masks(model, masks)["sha256"] for masks in restrictions}) == 5
+    either: list[dict[str, Tensor | None]] = [{"weight": last, "bias": None}]
+    either.append(dict(reversed(either[0].items())))
+    assert describe_masks(model, either[0]) == describe_masks(model, either[1])

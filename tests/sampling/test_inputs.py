@@ -165,6 +165,13 @@ def test_rmsprop_s_settings_may_be_given_either_way() -> None:
     assert given.rmsprop == {"alpha": 0.99, "eps": 0.5}
 
 
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_rmsprop_s_alpha_may_reach_either_end(alpha: int) -> None:
+    both = {"sampling_method": "rmsprop_sgld", "lr": 1, "n_beta": 1}
+    given = SamplerConfig(**both, sampling_method_kwargs={"alpha": alpha})
+    assert given.rmsprop == {"alpha": float(alpha), "eps": 0.1}
+
+
 @pytest.mark.parametrize("name", ["workers", "checkpoint_every"])
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", True, [1]])
 def test_bad_numbers_of_the_run_itself(name: str, value: Any, refused: Refused) -> None:

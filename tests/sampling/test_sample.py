@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import basinscope
 from basinscope.io.store import DONE, FAILED, PENDING, SampleStore, StoreMismatchError
 from basinscope.io.stored import DamagedStoreError
 from basinscope.io.writer import StoreWriteError
+from basinscope.kernels.noise import INIT, LANGEVIN, fill_normal
 from basinscope.sampling.chain import working_copy
 from basinscope.sampling.init_loss import init_losses
 from basinscope.sampling.job import SamplingJob, next_token_loss
@@ -286,6 +288,14 @@ def test_a_chunk_that_is_gone_is_an_error_in_a_selection_too(tmp_path: Path) -> 
         basinscope.compute_llc(part)["llc_first"].compute()
 
 
+def test_losses_that_are_gone_are_an_error_never_nan(tmp_path: Path) -> None:
+    tree = run(tmp_path)
+    for name in ("init_loss", "init_loss_first", "sampling_loss", "sampling_loss_micro"):
+        next(f for f in (tmp_path / "s.zarr" / name / "c").rglob("*") if f.is_file()).unlink()
+        with pytest.raises(DamagedStoreError, match="lacks chunk"):
+            tree[name].compute()
+
+
 def test_a_chain_that_another_process_ended_meanwhile_keeps_its_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,12 +371,34 @@ def test_a_chain_does_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(few.loss_first[0], many.loss_first[0])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_chain_does_not_depend_on_those_before_it(method: str, tmp_path: Path) -> None:
+    settings = {"sampling_method": method, "num_chains": 2, "chains_at_once": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # chain 0 is not sampled
+        alone = run(tmp_path / "alone", **settings, chains=[1])
+    after = run(tmp_path / "after", **settings)
+    for name in ("sampling_loss_micro", "loss_first"):
+        np.testing.assert_array_equal(alone[name][1], after[name][1])
+
+
 def test_buffers_start_every_chain_as_they_are_in_the_checkpoint(tmp_path: Path) -> None:
     model = CountingModel()
     many = run(tmp_path / "many", model, num_chains=3)
     last = run(tmp_path / "last", model, num_chains=3, chains=[2])
     np.testing.assert_array_equal(many.loss_first[2], last.loss_first[2])
     assert int(model.forwards) == 0
+
+
+def test_buffers_go_on_as_they_were_at_the_checkpoint(tmp_path: Path) -> None:
+    model, settings = CountingModel(), {"num_chains": 1, "num_draws": 5, "checkpoint_every": 2}
+    whole = run(tmp_path / "whole", model, loss_fn=FailsOnce(0), **settings)
+    failing = FailsOnce(5)  # the first call is a trial
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "again", model, loss_fn=failing, **settings)
+    assert SampleStore(tmp_path / "again" / "s.zarr").record(0)["steps_written"] == 2
+    again = run(tmp_path / "again", model, loss_fn=failing, **settings)
+    assert_equal(again, whole)
 
 
 def test_chains_differ_by_their_noise_and_repeat_by_their_seed(tmp_path: Path) -> None:
@@ -383,9 +415,48 @@ def test_chains_differ_by_their_noise_and_repeat_by_their_seed(tmp_path: Path) -
     assert not np.allclose(first.loss_first, other.loss_first)
 
 
+def test_noise_is_that_of_the_chain_s_seed_and_the_parameter_s_place(tmp_path: Path) -> None:
+    """Without a gradient a chain is its noise; what else moves, and in what order, is no matter."""
+    model = tiny_model("gpt_neox")
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved = [*parameters][:5:-2]
+    seen: list[dict[str, Tensor]] = []
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return next_token_loss(model, ids)
+
+    masks = dict.fromkeys(moved)
+    run(tmp_path, model, loss_fn=loss, param_masks=masks, n_beta=0.0, init_noise=0.1, num_draws=2)
+    starts, ends = seen[1::2], seen[2::2]  # the first was a trial
+    for chain, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        for index, (name, weight) in enumerate(parameters.items()):
+            expected = weight.clone()
+            for at, stream, std in ((start, INIT, 0.1), (end, LANGEVIN, math.sqrt(1e-3))):
+                noise = torch.empty_like(weight)
+                place = {"chain": chain, "step": 0, "param_index": index}
+                fill_normal(noise, seed=100 + chain, **place, stream=stream)
+                expected = expected + std * noise if name in masks else expected
+                torch.testing.assert_close(at[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_losses_of_any_dtype_are_stored_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return next_token_loss(model, ids).to(dtype)
+
+    given = run(tmp_path / "given", loss_fn=loss)
+    plain = run(tmp_path / "plain")
+    for name in ("init_loss", "init_loss_first", "loss_first", "sampling_loss"):
+        assert given[name].dtype == np.float32
+        np.testing.assert_allclose(given[name], plain[name], rtol=0.02)
+
+
 @pytest.mark.parametrize("matched", [True, False])
 def test_chains_see_the_batches_that_the_settings_say(matched: bool, tmp_path: Path) -> None:
-    tree = run(tmp_path, num_chains=2, num_draws=30, match_sampling_input_ids_across_chains=matched)
+    own = {"match_sampling_input_ids_across_chains": matched, "save_sampling_input_ids": True}
+    tree = run(tmp_path, num_chains=2, num_draws=30, **own)
     rows = tree.sampling_rows
     assert rows.dims == (("step",) if matched else ("chain", "step")) + ("batch_sampling",)
     for chain in range(2):
@@ -400,6 +471,8 @@ def test_chains_see_the_batches_that_the_settings_say(matched: bool, tmp_path: P
         epoch = np.stack([batch.numpy() for batch in loader])
         ours = rows.to_numpy() if matched else rows[chain].to_numpy()
         np.testing.assert_array_equal(ours, np.concatenate([epoch] * 3)[:30])
+        seen = tree.sampling_input_ids_micro[chain]
+        np.testing.assert_array_equal(seen, token_ids(48, 1)[ours])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -481,6 +554,32 @@ def test_a_chain_whose_loss_becomes_nan_fails_alone(where: str, tmp_path: Path) 
     assert float(llc.llc_mean) == pytest.approx(float(llc.llc_per_chain.mean()))
 
 
+def test_a_chain_is_held_until_its_record_says_that_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = []
+    really = SampleStore.update_record
+
+    def update(store: SampleStore, chain: int, **fields: Any) -> None:
+        if fields.get("state") == DONE:
+            time.sleep(0.05)  # in which the chain itself has ended
+            held.append(store.is_locked(chain))
+        really(store, chain, **fields)
+
+    monkeypatch.setattr(SampleStore, "update_record", update)
+    run(tmp_path)
+    assert held == [True, True]
+
+
+def test_a_chain_that_fails_at_its_first_step_reads_as_nan(tmp_path: Path) -> None:
+    bad = NanOnce(chain_start=2, step=0, observing=False)
+    with pytest.warns(ChainFailedWarning, match="chain 1 at step 0"):
+        tree = run(tmp_path, loss_fn=bad, num_draws=4)
+    for name in ("sampling_loss_micro", "sampling_loss", "loss_first"):
+        assert np.isnan(tree[name][1]).all()
+        assert np.isfinite(tree[name][0]).all()
+
+
 def test_a_failed_chain_is_not_sampled_again(tmp_path: Path) -> None:
     bad = NanOnce(chain_start=1, step=2, observing=False)
     with pytest.warns(ChainFailedWarning):
@@ -556,6 +655,34 @@ def test_a_profile_of_the_first_steps_is_written(
         assert f'"{phase}"' in trace
 
 
+def test_each_metric_is_stored_under_its_own_name(tmp_path: Path) -> None:
+    """The noise has the norm of as many normal numbers to ten standard deviations."""
+    tree = run(tmp_path, save_metrics=True)
+    found = {str(n): tree[n].to_numpy() for n in tree.data_vars if str(n).startswith("metrics_")}
+    zero = {"localization", "weight_decay", "dot_grad_prior", "dot_prior_noise"}
+    assert {name for name, values in found.items() if not values.any()} == {
+        f"metrics_{name}" for name in zero
+    }
+    assert (found["metrics_distance"][:, 0] == 0).all()
+    assert (found["metrics_distance"][:, 1:] > 0).all()
+    np.testing.assert_array_equal(found["metrics_scaled_grad"], found["metrics_unscaled_grad"])
+    norms = found["metrics_noise"] / math.sqrt(1e-3)
+    assert np.abs(norms - math.sqrt(tree.attrs["metrics_numel"])).max() < 10 / math.sqrt(2)
+    np.testing.assert_allclose(found["metrics_distance"][:, 1], found["metrics_noise"][:, 0], 0.5)
+    largest = found["metrics_scaled_grad"] * found["metrics_noise"]
+    assert (np.abs(found["metrics_dot_grad_noise"]) < largest).all()
+
+
+@pytest.mark.parametrize("changes", [{"alpha": 0.5}, {"eps": 0.3}], ids=str)
+def test_settings_of_rmsprop_reach_the_update(changes: dict[str, float], tmp_path: Path) -> None:
+    losses = []
+    for number, kwargs in enumerate([{}, {"alpha": 0.99, "eps": 0.1}, changes]):
+        method = {"sampling_method": "rmsprop_sgld", "sampling_method_kwargs": kwargs}
+        losses.append(run(tmp_path / str(number), num_chains=1, **method).loss_first.to_numpy())
+    np.testing.assert_array_equal(losses[0], losses[1])
+    assert not np.allclose(losses[0], losses[2], rtol=1e-5)
+
+
 def test_metrics_numel_counts_what_moves(tmp_path: Path) -> None:
     mask = torch.zeros(40, 12, dtype=torch.bool)
     mask[:3] = True
@@ -585,6 +712,19 @@ class WeightSpy:
         if self.error is not None:
             raise self.error
         self.seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return next_token_loss(model, ids)
+
+
+class FailsOnce:
+    """Fails when a gradient is wanted for the n-th time."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps = at, 0
+
+    def __call__(self, model: nn.Module, ids: Tensor) -> Tensor:
+        self.steps += torch.is_grad_enabled()
+        if torch.is_grad_enabled() and self.steps == self.at:
+            raise ZeroDivisionError
         return next_token_loss(model, ids)
 
 
