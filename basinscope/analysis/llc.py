@@ -303,9 +303,7 @@ def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
     skipped = _rows_of_burn_in(samples, dims.DRAW, burn_in)
     parts = samples.losses(f"loss_{obs_id}")
     at_init: Any = samples.dataset.variables.get(f"init_loss_{obs_id}")
-    if at_init is not None:
-        chained = dims.CHAIN in at_init.dims
-        at_init = unread(at_init.isel(chain=list(samples.places)) if chained else at_init)
+    at_init = None if at_init is None else unread(at_init)
     value = with_totals(_observable_llc, parts, at_init, samples.n_beta, skipped)
     return da.from_delayed(value, (), "float64")
 

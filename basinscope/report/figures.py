@@ -208,8 +208,7 @@ def _shift(tree: xr.DataTree, name: str, burn_in: int) -> tuple[np.ndarray, str]
     kept = slice(checked_burn_in(opened, "draw", burn_in), None)
     losses = opened.dataset[f"loss_{name}"].isel(chain=list(opened.places))
     if f"init_loss_{name}" in opened.dataset:
-        start, called = opened.dataset[f"init_loss_{name}"], "the checkpoint"
-        start = start.astype("float64").mean(start.dims[:-2])
+        start, called = opened.dataset[f"init_loss_{name}"].astype("float64"), "the checkpoint"
     else:
         start, called = losses.isel(draw=0).mean("chain", dtype="float64"), "the first draw"
     mean = losses.isel(draw=kept).mean(["chain", "draw"], dtype="float64")

@@ -64,8 +64,8 @@ def random_tree(
             losses(draws, count),
         )
         if init_losses:
-            at_init = losses(1, count)[:, 0]
-            arrays[f"init_loss_{name}"] = (("chain", batch_dim, "token_pos"), at_init)
+            at_init = losses(1, count)[0, 0]
+            arrays[f"init_loss_{name}"] = ((batch_dim, "token_pos"), at_init)
         arrays[f"input_ids_{name}"] = (
             (batch_dim, "token"),
             ids.integers(0, 200, (count, tokens + 1)).astype("uint8"),
