@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from basinscope.models.restrictions import all_heads, all_layers, create_param_masks
     from basinscope.sampling.check import check_model
     from basinscope.sampling.sample import sample
+    from basinscope.sampling.temperature import default_nbeta
     from basinscope.sampling.tokenize import tokenize_and_concatenate
 
 _HOME = {
@@ -50,6 +51,7 @@ _HOME = {
     "open_store": "basinscope.io.store",
     "verify": "basinscope.io.verify",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
+    "default_nbeta": "basinscope.sampling.temperature",
     "extract": "basinscope.models.extraction",
     "ExtractionConfig": "basinscope.models.extraction",
     "ActivationCache": "basinscope.models.activation_cache",
@@ -81,6 +83,7 @@ __all__ = [
     "compute_llc",
     "compute_susceptibilities",
     "create_param_masks",
+    "default_nbeta",
     "extract",
     "extract_dataset",
     "harvest_attributions",

@@ -35,13 +35,8 @@ __all__ = [
 ]
 
 SOURCE = "imported_from"
-HEADS_AXIS = {"attn_pattern": 1, "head_out": 2, "queries": 2, "keys": 2, "values": 2}
-RENAMED = {
-    "pattern": "attn_pattern",
-    "head_queries": "queries",
-    "head_keys": "keys",
-    "head_values": "values",
-}
+HEADS_AXIS = {"attn_pattern": 1, "head_out": 2, "queries": 2}
+RENAMED = {"pattern": "attn_pattern", "head_queries": "queries"}
 
 
 class QueryResult(activations.QueryResult):
@@ -144,6 +139,11 @@ def import_easyroutine(
     one: ``pattern_L0H1`` becomes a head of ``attn_pattern_0`` (``attn_pattern_L0H1`` where not all
     heads are there), ``head_queries_L0H1`` one of ``queries_0``; others keep theirs. What is no
     tensor becomes metadata, under ``easyroutine``. Times are taken as they stand, as UTC.
+
+    Two kinds are not what their names say in easyroutine 1.1.5. Its ``resid_mid_0`` is what the
+    norm before the MLP gives, and becomes ``mlp_in_0``. Its ``head_keys_L0H1`` and
+    ``head_values_L0H1`` are those of head 0, whichever head they are named after; they keep their
+    names, so that nothing takes them for our ``keys_0`` and ``values_0``.
 
     Parameters
     ----------
@@ -305,6 +305,8 @@ def _our_name(name: str) -> str:
     match = re.fullmatch(r"(\w+)(_L\d+H\d+)", name)
     if match and match[1] in RENAMED:
         return RENAMED[match[1]] + match[2]
+    if match := re.fullmatch(r"resid_mid_(\d+)", name):
+        return f"mlp_in_{match[1]}"
     return "embed" if name == "input_embeddings" else name
 
 

@@ -129,7 +129,9 @@ def old_arrays() -> dict[str, torch.Tensor]:
             found[f"pattern_L{layer}H{head}"] = torch.rand(4, 2, 9)
             found[f"head_out_L{layer}H{head}"] = torch.randn(4, 2, 8)
             found[f"head_queries_L{layer}H{head}"] = torch.randn(4, 2, 5)
-    found["head_values_L0H1"] = torch.randn(4, 2, 5)  # of one head only
+    for head in range(HEADS):  # head 0's, whatever their names say
+        found[f"head_values_L0H{head}"] = torch.ones(4, 2, 5)
+    found["resid_mid_0"] = torch.randn(4, 2, 8)  # normed already
     found["my_own"] = torch.arange(6).reshape(2, 3)
     found["logits"] = torch.randn(4, 2, 11)
     return found
@@ -160,7 +162,9 @@ def require_imported(base: Path, arrays: dict[str, torch.Tensor]) -> dict[str, A
                 assert f"{ours}_L{layer}H{head}" not in tensors
     assert tree["attn_pattern_0"].dims == ("example", "head", "position", "key_position")
     assert tree["queries_1"].dims == ("example", "position", "head", "d_head")
-    assert torch.equal(tensors["values_L0H1"], arrays["head_values_L0H1"])
+    assert torch.equal(tensors["head_values_L0H1"], arrays["head_values_L0H1"])
+    assert torch.equal(tensors["mlp_in_0"], arrays["resid_mid_0"])
+    assert not {"values_0", "values_L0H1", "resid_mid_0"} & tensors.keys()
     assert torch.equal(tensors["my_own"], arrays["my_own"])
     assert metadata["tag"] == "old"
     assert metadata["save_time"] == "2024-05-06T07:08:09.000000+00:00"

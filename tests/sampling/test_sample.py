@@ -15,7 +15,9 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import basinscope
 from basinscope.io.store import DONE, FAILED, PENDING, SampleStore, StoreMismatchError
@@ -451,6 +453,31 @@ def test_losses_of_any_dtype_are_stored_in_float32(dtype: torch.dtype, tmp_path:
     for name in ("init_loss", "init_loss_first", "loss_first", "sampling_loss"):
         assert given[name].dtype == np.float32
         np.testing.assert_allclose(given[name], plain[name], rtol=0.02)
+
+
+def test_a_model_of_no_language_has_a_loss_of_each_example(tmp_path: Path) -> None:
+    """Rows of the data set are numbers of examples, as docs/sampling.md has them."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(40, 5), torch.randint(3, (40,))
+    rows = Dataset.from_dict({"input_ids": [[i, 0] for i in range(40)]}).with_format("torch")
+    model = nn.Linear(5, 3)
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        chosen = ids[:, 0]
+        return F.cross_entropy(model(inputs[chosen]), labels[chosen], reduction="none")[:, None]
+
+    settings = {**COMMON, "loss_fn": loss, "num_init_loss_batches": 10}
+    tree = basinscope.sample(
+        model, rows, {"all": (rows, 10)}, **settings, output_path=tmp_path / "s"
+    )
+    with torch.no_grad():
+        expected = F.cross_entropy(model(inputs), labels, reduction="none").numpy()
+    seen = tree["sampling_rows"].to_numpy()
+    np.testing.assert_allclose(
+        tree["sampling_loss_micro"][0, 0, :, 0], expected[seen[0]], atol=1e-6
+    )
+    np.testing.assert_allclose(tree["init_loss"][:, 0], [expected.mean()] * 2, atol=1e-6)
+    assert not np.allclose(tree["sampling_loss_micro"][0, -1, :, 0], expected[seen[-1]])
 
 
 @pytest.mark.parametrize("matched", [True, False])
