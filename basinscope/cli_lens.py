@@ -181,12 +181,14 @@ def _words(dataset: xr.Dataset, tokenizer: str | None) -> Words:
 
 
 def _read_tokens(chosen: xr.Dataset) -> np.ndarray | None:
-    """The token at each position, -1 where that is an average; None where ids are not stored."""
-    if "input_ids" not in chosen or "position" not in chosen.coords:
+    """The token at each position, -1 where that is an average; None where it is not known."""
+    from basinscope.analysis.lens_inputs import token_numbers
+
+    if "input_ids" not in chosen:
         return None
     ids = chosen["input_ids"].isel(example=0).to_numpy()
-    places = chosen["position"].to_numpy()
-    return np.where(places >= 0, ids[np.maximum(places, 0)], -1)
+    places = token_numbers(chosen, len(ids))
+    return None if places is None else np.where(places >= 0, ids[np.maximum(places, 0)], -1)
 
 
 def _draw(png: Path, found: xr.Dataset, words: Words, read: np.ndarray | None, title: str) -> None:
@@ -219,15 +221,10 @@ def _write_page(
     )
 
 
-def _places(found: xr.Dataset) -> list[str]:
-    """What to call the positions."""
-    count = found.sizes["position"]
-    places = found["position"].to_numpy() if "position" in found.coords else np.arange(count)
-    return ["mean" if place < 0 else str(place) for place in places]
-
-
 def _token_tables(found: xr.Dataset, read: np.ndarray | None, words: Words) -> Iterator[Table]:
     """A row for each position and a column for each layer; more tables where they are too wide."""
+    from basinscope.analysis.lens_inputs import position_names
+
     layers = found["layer"].to_numpy().tolist()
     at_once = max(1, (out.width - 2 * TOKEN_CELLS) // (TOKEN_CELLS + 2))
     for start in range(0, len(layers), at_once):
@@ -236,7 +233,7 @@ def _token_tables(found: xr.Dataset, read: np.ndarray | None, words: Words) -> I
         table.add_column("token", no_wrap=True)
         for number in layers[start : start + at_once]:
             table.add_column(f"layer {number}", no_wrap=True)
-        for place, name in enumerate(_places(found)):
+        for place, name in enumerate(position_names(found)):
             token = "" if read is None or read[place] < 0 else quoted(words(int(read[place])))
             cells = [
                 _cell(found.isel(layer=layer, position=place), words)
@@ -281,12 +278,14 @@ def _figures(
     words: Words,
 ) -> dict[str, Any]:
     """Everything that the tables show, for JSON: lists are (layer, position) or (..., k)."""
+    from basinscope.analysis.lens_inputs import position_names
+
     tokens = found["token"].to_numpy()
     return {
         "store": str(store),
         "example": example,
         "layers": found["layer"].to_numpy().tolist(),
-        "positions": _places(found),
+        "positions": position_names(found),
         "input_ids": None if read is None else read.tolist(),
         "tokens": tokens.tolist(),
         "words": _mapped(lambda token: words(token) if token >= 0 else None, tokens.tolist()),

@@ -13,6 +13,7 @@ import xarray as xr
 
 from basinscope.io import activation_store
 from basinscope.io.activation_sources import DIMS
+from basinscope.io.dims import FROM_END
 
 STREAMS = re.compile(r"resid_(in|mid|out)_\d+|embed")
 SHARES = re.compile(r"(attn_out|mlp_out)_\d+|head_out_(\d+|L\d+H\d+)")
@@ -161,6 +162,31 @@ def token_ids(given: Any, name: str) -> np.ndarray:
     return ids
 
 
+def token_numbers(dataset: xr.Dataset, tokens: int) -> np.ndarray | None:
+    """Give which of its sequence's tokens each position is; -1 for an average.
+
+    Returns
+    -------
+    np.ndarray (position,) or None
+        None where that is not known.
+    """
+    if FROM_END in dataset.coords:  # shorter sequences have no tokens in front
+        return dataset[FROM_END].to_numpy() + tokens
+    if "position" in dataset.coords:
+        return dataset["position"].to_numpy()
+    count = dataset.sizes["position"]
+    return np.arange(count) if count == tokens else None
+
+
+def position_names(dataset: xr.Dataset) -> list[str]:
+    """Say what each position is called: its number, from the end a negative one, or "mean"."""
+    if FROM_END in dataset.coords:
+        return list(map(str, dataset[FROM_END].to_numpy()))
+    count = dataset.sizes["position"]
+    numbers = dataset["position"].to_numpy() if "position" in dataset.coords else np.arange(count)
+    return ["mean" if number < 0 else str(number) for number in numbers]
+
+
 def next_tokens(dataset: xr.Dataset, input_ids: Any = None) -> xr.DataArray | None:
     """Give the token that follows each position, -1 where there is none.
 
@@ -185,11 +211,8 @@ def next_tokens(dataset: xr.Dataset, input_ids: Any = None) -> xr.DataArray | No
             f"{dataset.sizes['example']}"
         )
     tokens, count = ids.sizes["token"], dataset.sizes["position"]
-    if "position" in dataset.coords:
-        positions = dataset["position"].to_numpy()
-    elif count == tokens:
-        positions = np.arange(count)
-    else:
+    positions = token_numbers(dataset, tokens)
+    if positions is None:
         raise ValueError(
             f"which tokens the {count} positions are is not known (there are {tokens} tokens, and "
             "no coordinate position): pass targets (example, position)"

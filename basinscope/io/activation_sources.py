@@ -18,6 +18,7 @@ from basinscope.io.activation_layout import (
     ActivationSpec,
     dtype_name,
 )
+from basinscope.io.dims import FROM_END
 
 _STREAM = ("example", "position", "d_model")
 _EMBED = ("example", "position", "d_embed")
@@ -76,8 +77,10 @@ def sources_of(
     found = [values.coords.to_dataset() for values in labelled]
     merged = xr.merge(found, join="exact", compat="no_conflicts").coords
     sizes = {dim: size for values in labelled for dim, size in values.sizes.items()}
-    coords = {**merged, **getattr(activations, "coords", {})}
-    return _sources(activations, sizes), coords, {}, None
+    own = dict(getattr(activations, "coords", {}))
+    if FROM_END in own:
+        own[FROM_END] = ("position", own[FROM_END])
+    return _sources(activations, sizes), {**merged, **own}, {}, None
 
 
 def _sources(activations: Mapping[str, Any], sizes: dict[Any, int]) -> dict[str, ActivationSource]:

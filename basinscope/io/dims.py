@@ -10,6 +10,7 @@ BATCH_SAMPLING = "batch_sampling"
 INIT_BATCH = "init_batch"
 TOKEN = "token"
 TOKEN_POS = "token_pos"
+FROM_END = "from_end"  # of activations' positions: -1 is the last token
 
 
 def observable_batch(obs_id: str) -> str:

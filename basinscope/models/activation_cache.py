@@ -41,7 +41,9 @@ class ActivationCache(Mapping[str, Tensor]):
     dims : dict of str to tuple of str
         Names of each array's axes.
     coords : dict of str to ndarray
-        ``position``: the token that each stored position is; -1 for an average over positions.
+        ``position``: the token that each stored position is; -1 for an average over positions. For
+        sequences of several lengths whose positions count from the end, ``from_end`` in its place:
+        -1 is the last token.
     metadata : dict
         Model, configuration, positions, interventions.
     """
@@ -124,7 +126,8 @@ class ActivationCache(Mapping[str, Tensor]):
         import xarray as xr
 
         variables = {name: (self.dims[name], to_numpy(array)) for name, array in self.items()}
-        return xr.Dataset(variables, coords=dict(self.coords), attrs=self.metadata)
+        coords = {name: ("position", numbers) for name, numbers in self.coords.items()}
+        return xr.Dataset(variables, coords=coords, attrs=self.metadata)
 
 
 def to_numpy(array: Tensor) -> npt.NDArray[Any]:

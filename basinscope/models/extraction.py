@@ -24,6 +24,12 @@ from basinscope.models.forward import (
 )
 from basinscope.models.head import NoLinearHeadError, named_head
 from basinscope.models.interventions import Intervention, intervened
+from basinscope.models.lengths import (
+    by_length,
+    common_positions,
+    require_no_neighbours,
+    run_by_length,
+)
 from basinscope.models.positions import Positions, described, plain, resolve_positions
 from basinscope.models.sites import (
     FINAL_NORM,
@@ -124,9 +130,11 @@ class ExtractionConfig:
 
 def extract(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | Sequence[Tensor | Sequence[int]],
     config: ExtractionConfig,
     interventions: Sequence[Intervention] = (),
+    *,
+    batch_size: int | None = None,
 ) -> ActivationCache:
     """Run a batch and keep what the configuration asks for.
 
@@ -135,10 +143,15 @@ def extract(
     model : nn.Module
         A Hugging Face causal LM or a TransformerLens model. Dropout is off meanwhile, and the model
         comes back as it was.
-    input_ids : Tensor (example, token)
+    input_ids : Tensor (example, token), or a list of Tensor (token,) or of lists of int
+        Sequences in a list may have several lengths: those of one length run together, and nothing
+        is padded. Their positions count all from the start, or all from the end (the cache then has
+        ``from_end`` for ``position``); ``input_ids`` are -1 where a sequence has no token.
     config : ExtractionConfig
     interventions : sequence of Intervention
         Applied in order; what is taken is what the model then has.
+    batch_size : int, optional
+        Examples that run together. Default: all of one length.
 
     Returns
     -------
@@ -154,7 +167,46 @@ def extract(
         no (example, token) integers of the vocabulary, or the model has no such activation (says
         why).
     """
-    return Extractor(model, config, interventions)(input_ids)
+    extractor = Extractor(model, config, interventions)
+    if batch_size is not None and (type(plain(batch_size)) is not int or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r}: give a number of examples, 1 or more")
+    if isinstance(input_ids, Tensor) and batch_size is None:
+        return extractor(input_ids)
+    if isinstance(input_ids, Tensor):
+        _check_ids(model, input_ids)
+    sequences = _sequences(model, input_ids)
+    groups = by_length(sequences, batch_size)
+    if len(groups) == 1:
+        return extractor(torch.stack(list(sequences)))
+    lengths = sorted({len(ids) for ids in sequences})
+    if config.attn_pattern and len(lengths) > 1:
+        raise ValueError(
+            "attn_pattern has as many key positions as a sequence has tokens: give sequences of "
+            "one length, or leave it out"
+        )
+    require_no_neighbours(extractor.interventions)
+    coords = common_positions(config.target_token_positions, config.average, lengths)
+    return run_by_length(extractor, sequences, groups, coords)
+
+
+def _sequences(model: nn.Module, given: Any) -> Sequence[Tensor]:
+    """Give sequences as tensors, each of them checked before any runs."""
+    if isinstance(given, Tensor):
+        return list(given)
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise ValueError(
+            "input_ids must be a torch.Tensor (example, token), or a list of sequences of ids; got "
+            + ("an empty list" if isinstance(given, Sequence) and not given else repr(given))
+        )
+    sequences = []
+    for number, ids in enumerate(given):
+        try:
+            sequence = torch.as_tensor(ids)
+            _check_ids(model, sequence[None])
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"sequence {number} of input_ids: {error}") from error
+        sequences.append(sequence)
+    return sequences
 
 
 class Extractor:

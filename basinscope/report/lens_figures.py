@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
+from basinscope.analysis.lens_inputs import position_names
 from basinscope.report.figures import INK
 
 if TYPE_CHECKING:
@@ -222,9 +223,7 @@ def _position_labels(
     top: xr.Dataset, input_ids: np.ndarray | None, words: Callable[[int], str]
 ) -> list[str]:
     """The number of each position, and its token."""
-    count = top.sizes["position"]
-    places = top["position"].to_numpy() if "position" in top.coords else np.arange(count)
-    numbers = ["mean" if place < 0 else str(place) for place in places]
+    numbers = position_names(top)
     if input_ids is None:
         return numbers
     return [

@@ -32,7 +32,7 @@ def default_nbeta(batch_size: int, gradient_accumulation_steps: int = 1) -> floa
     if not sequences > 1:
         raise ValueError(
             f"batch_size={batch_size!r} times gradient_accumulation_steps="
-            f"{gradient_accumulation_steps!r}: n / ln(n) takes two sequences or more; choose n_beta "
-            "yourself"
+            f"{gradient_accumulation_steps!r}: n / ln(n) takes two sequences or more; choose "
+            "n_beta yourself"
         )
     return sequences / math.log(sequences)

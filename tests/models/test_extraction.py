@@ -496,7 +496,7 @@ def test_a_cache_says_what_it_holds() -> None:
         (lambda m: extract(m, ids().float(), config("resid_out")), "must be integers"),
         (lambda m: extract(m, ids()[:0], config("resid_out")), "is empty"),
         (lambda m: extract(m, ids() > 3, config("resid_out")), "must be integers"),
-        (lambda m: extract(m, ids().tolist(), config("resid_out")), "must be a torch.Tensor"),
+        (lambda m: extract(m, 5, config("resid_out")), "must be a torch.Tensor"),  # type: ignore
         (
             lambda m: extract(m, ids(), config("resid_out", layers=[])),
             r"layers=\[\] leaves no layer to take resid_out from: give 'all', or some of 0 to 1",
