@@ -3,6 +3,7 @@
 Intervention("zero", "head_out_L3H5")
 Intervention("mean", "mlp_out_2", positions=[-1])
 Intervention("patch", "resid_out_4", positions=[5, 6], source=0)
+Intervention("zero", "queries_L3H5", positions="last")
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from basinscope.models.sites import Site, Sites, by_example
 from basinscope.models.stream import changing_input, first_tensor
 
 KINDS = ("zero", "mean", "patch")
-_TARGET = re.compile(r"(embed)|(resid_in|resid_out|attn_out|mlp_out)_(\d+)|head_out_L(\d+)H(\d+)")
+_TARGET = re.compile(
+    r"embed|(?P<whole>(resid_in|resid_out|attn_in|attn_out|mlp_out|queries|keys|values)_(?P<of>\d+))"
+    r"|(?P<kind>head_out|queries|keys|values)_L(?P<layer>\d+)H(?P<head>\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,14 @@ class Intervention:
     kind : {"zero", "mean", "patch"}
         By zeros, by its mean over the examples of the batch at the same position, or by `source`.
     target : str
-        ``embed``, ``resid_in_{i}``, ``resid_out_{i}``, ``attn_out_{i}``, ``mlp_out_{i}``, or one
-        head's share of the attention output, ``head_out_L{i}H{j}``.
+        ``embed``, ``resid_in_{i}``, ``resid_out_{i}``, ``attn_in_{i}``, ``attn_out_{i}``,
+        ``mlp_out_{i}``, ``queries_{i}``, ``keys_{i}``, ``values_{i}``; of the last three one head,
+        ``queries_L{i}H{j}``; or one head's share of the attention output, ``head_out_L{i}H{j}``.
     positions : "all", "last", int, slice, or a list of these
     source : int or Tensor, optional
         For "patch": which example of the same batch every other one takes the activation from, or
-        (not for heads) the activation itself, (d_model), (position, d_model) or (example, position,
-        d_model), such as a cache of another run holds.
+        (not for ``head_out``) the activation itself as a cache of another run holds it, also
+        without its axis of examples, or without that of positions too.
     """
 
     kind: Literal["zero", "mean", "patch"]
@@ -54,8 +59,9 @@ class Intervention:
         match = _TARGET.fullmatch(self.target) if isinstance(self.target, str) else None
         if match is None:
             raise ValueError(
-                f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_out_0, "
-                "mlp_out_0 or head_out_L0H0, with numbers of your layers and heads"
+                f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_in_0, "
+                "attn_out_0, mlp_out_0, queries_0, keys_0, values_0, queries_L0H0, keys_L0H0, "
+                "values_L0H0 or head_out_L0H0, with numbers of your layers and heads"
             )
         if self.kind == "patch" and self.source is None:
             raise ValueError(
@@ -64,7 +70,7 @@ class Intervention:
         if self.kind != "patch" and self.source is not None:
             raise ValueError(f"{self.kind!r} takes no source: leave it out, or give 'patch'")
         self._check_source()
-        if match[4] and isinstance(self.source, Tensor):
+        if match["kind"] == "head_out" and isinstance(self.source, Tensor):
             raise ValueError(
                 f"{self.target!r} can be patched from another example of its batch only: "
                 "source=its number"
@@ -124,22 +130,23 @@ def intervened(
 def _site_of(sites: Sites, intervention: Intervention) -> tuple[Site, int | None]:
     match = _TARGET.fullmatch(intervention.target)
     assert match is not None
-    number = match[3] or match[4]
+    number = match["of"] or match["layer"]
     if number and int(number) >= len(sites.layers):
         raise ValueError(
             f"{intervention.target!r}: the model has layers 0 to {len(sites.layers) - 1}"
         )
-    if match[4] is None:
-        if intervention.target not in sites.plain:
-            why = sites.missing.get(intervention.target, "this model has no such activation")
-            raise ValueError(f"{intervention.target!r}: {why}")
-        return sites.plain[intervention.target], None
-    if int(number) not in sites.heads:
-        raise ValueError(f"{intervention.target!r}: {sites.missing.get(f'head_out_{number}')}")
-    passed = sites.heads[int(number)].passed
-    if int(match[5]) >= passed.heads:
-        raise ValueError(f"{intervention.target!r}: the layer has heads 0 to {passed.heads - 1}")
-    return passed, int(match[5])
+    name = f"{match['kind']}_{number}" if match["head"] else intervention.target
+    if match["kind"] == "head_out" and int(number) in sites.heads:
+        site = sites.heads[int(number)].passed
+    elif name in sites.plain:
+        site = sites.plain[name]
+    else:
+        why = sites.missing.get(name, "this model has no such activation")
+        raise ValueError(f"{intervention.target!r}: {why}")
+    head = int(match["head"]) if match["head"] else None
+    if head is not None and head >= site.heads:
+        raise ValueError(f"{intervention.target!r}: the layer has heads 0 to {site.heads - 1}")
+    return site, head
 
 
 def _changing(
@@ -147,14 +154,24 @@ def _changing(
 ) -> Callable[[Tensor], Tensor]:
     """Make the function from an activation to what it is replaced by."""
     positions = resolve_positions(intervention.positions, length)
+    rows = slice(None) if site.rows is None else site.rows
 
     def change(whole: Tensor) -> Tensor:
         changed = by_example(whole, length).clone()
-        part = changed
-        if head is not None:
-            part = part.unflatten(-1, (site.heads, -1)) if part.ndim == 3 else part
-            part = part[..., head, :]
-        part[:, positions] = _replacement(intervention, part[:, positions], site.scale)
+        now = changed[:, positions]
+        part = now if site.rows is None else now[..., rows]
+        if site.heads and part.ndim == 3:
+            part = part.unflatten(-1, (site.heads, -1))
+        if head is None:
+            part = _replacement(intervention, part, site.scale)
+        else:
+            part = part.clone()
+            part[..., head, :] = _replacement(intervention, part[..., head, :], site.scale)
+        if site.rows is None:
+            now = part.reshape(now.shape)
+        else:
+            now[..., rows] = part.flatten(2)
+        changed[:, positions] = now
         return changed.view_as(whole)
 
     return change
@@ -171,9 +188,8 @@ def _replacement(intervention: Intervention, now: Tensor, scale: float) -> Tenso
         shape, whole = tuple(source.shape), tuple(now.shape)
         if shape not in (whole[2:], whole[1:], whole, (1, *whole[1:])):
             raise ValueError(
-                f"the source of {intervention.target!r} has shape {shape}: give (d_model) "
-                f"{whole[2:]}, (position, d_model) {whole[1:]}, or (example, position, d_model) "
-                f"{whole}"
+                f"the source of {intervention.target!r} has shape {shape}: give {whole[2:]}, one "
+                f"for each position {whole[1:]}, or for each example too {whole}"
             )
         return (source.to(now) / scale).expand_as(now)
     assert source is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -257,6 +257,9 @@ def _hooked_sites(model: nn.Module) -> Sites:
     for number, layer in enumerate(layers):
         if f"{layer}.ln1" in behind[layer]:  # attention reads the stream itself
             plain[f"attn_in_{number}"] = Site(f"{layer}.hook_resid_pre", "output")
+    for name in [name for name in plain if name.startswith(("queries_", "keys_", "values_"))]:
+        few = None if name.startswith("queries_") else getattr(config, "n_key_value_heads", None)
+        plain[name] = replace(plain[name], heads=int(few or config.n_heads))
     plain["embed"] = Site("hook_embed", "output")
     last = f"blocks.{len(layers) - 1}.hook_resid_post"
     plain[FINAL_NORM] = Site("ln_final", "input") if "ln_final" in modules else Site(last, "output")

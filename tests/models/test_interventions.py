@@ -19,6 +19,7 @@ LENGTH = 6
 ALL = ExtractionConfig(
     resid_in=True, resid_out=True, attn_out=True, mlp_out=True, head_out=True, logits=True
 )
+PARTS = ExtractionConfig(attn_in=True, queries=True, keys=True, values=True, logits=True)
 FAMILIES = ["gpt2", "gpt_neox", "llama", "opt", "gemma2", "granite", "bloom"]
 
 
@@ -60,6 +61,62 @@ def test_zero_on_a_head_is_a_model_without_its_columns(name: str) -> None:
     cache = extract(model, ids(), ALL, [Intervention("zero", "head_out_L1H2")])
     torch.testing.assert_close(cache["logits"], expected)
     assert cache["head_out_L1H2"].abs().max() < 1e-6
+
+
+def query_rows(name: str, head: int, size: int) -> tuple[str, slice]:
+    """Where a head's queries stand in layer 1's projection, from the models' own code."""
+    if name == "gpt2":  # queries, keys, values one behind another
+        return "transformer.h.1.attn.c_attn", slice(head * size, (head + 1) * size)
+    if name == "gpt_neox":  # of each head, queries, keys and values
+        at = 3 * head * size
+        return "gpt_neox.layers.1.attention.query_key_value", slice(at, at + size)
+    return "model.layers.1.self_attn.q_proj", slice(head * size, (head + 1) * size)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_zero_on_a_heads_queries_is_a_model_without_their_rows(name: str) -> None:
+    model = tiny(name)
+    without = copy.deepcopy(model)
+    size = model.config.hidden_size // model.config.num_attention_heads
+    module, rows = query_rows(name, 2, size)
+    projection = without.get_submodule(module)
+    weight = projection.weight.T if name == "gpt2" else projection.weight
+    with torch.no_grad():
+        weight[rows] = 0
+        if projection.bias is not None:
+            projection.bias[rows] = 0
+        expected = without(ids()).logits
+    cache = extract(model, ids(), PARTS, [Intervention("zero", "queries_L1H2")])
+    torch.testing.assert_close(cache["logits"], expected)
+    plain = extract(model, ids(), PARTS)
+    assert not cache["queries_L1H2"].any()
+    torch.testing.assert_close(cache["queries_L1H1"], plain["queries_L1H1"])
+    torch.testing.assert_close(cache["keys_1"], plain["keys_1"])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("target", ["attn_in_1", "queries_1", "keys_0", "values_1", "values_L0H1"])
+def test_what_attention_reads_is_patched_from_another_example_or_run(
+    name: str, target: str
+) -> None:
+    model = tiny(name)
+    plain = extract(model, ids(), PARTS)
+    within = extract(model, ids(), PARTS, [Intervention("patch", target, [1, 3], source=0)])
+    torch.testing.assert_close(within["logits"][0], plain["logits"][0])
+    torch.testing.assert_close(within[target][2, 3], plain[target][0, 3])
+    torch.testing.assert_close(within[target][:, [0, 2]], plain[target][:, [0, 2]])
+    assert (within["logits"] - plain["logits"])[1:].abs().max() > 1e-4
+    given = Intervention("patch", target, [1, 3], source=plain[target][0, [1, 3]])
+    across = extract(model, ids(), PARTS, [given])
+    torch.testing.assert_close(across["logits"], within["logits"])
+
+
+def test_values_of_all_heads_are_those_of_the_layer() -> None:
+    model = tiny("gpt_neox")
+    heads = [Intervention("mean", f"values_L1H{head}", positions=[1, 2]) for head in range(4)]
+    by_heads = extract(model, ids(), PARTS, heads)
+    whole = extract(model, ids(), PARTS, [Intervention("mean", "values_1", positions=[1, 2])])
+    torch.testing.assert_close(by_heads["logits"], whole["logits"])
 
 
 @pytest.mark.parametrize("target", ["resid_out_0", "attn_out_1", "mlp_out_0", "head_out_L0H1"])
@@ -177,7 +234,9 @@ def test_interventions_that_make_no_sense_are_refused(arguments: Any, message: s
         (Intervention("patch", "resid_in_0", source=3), "examples 0 to 2"),
         (Intervention("patch", "resid_in_0", source=torch.ones(5)), "has shape .5,."),
         (Intervention("patch", "resid_in_0", source=torch.ones(1)), "has shape .1,."),
-        (Intervention("patch", "resid_in_0", source=torch.ones(LENGTH, 1)), r"give \(d_model\)"),
+        (Intervention("patch", "resid_in_0", source=torch.ones(LENGTH, 1)), r"give \(16,\)"),
+        (Intervention("zero", "queries_L0H4"), "'queries_L0H4': the layer has heads 0 to 3"),
+        (Intervention("patch", "keys_0", source=torch.ones(16)), r"give \(4, 4\), one for each"),
         (Intervention("patch", "resid_in_0", source=torch.ones(2, LENGTH, 16)), "has shape .2, 6"),
     ],
 )
