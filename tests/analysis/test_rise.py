@@ -10,9 +10,7 @@ import pytest
 from basinscope.analysis.diagnostics import diagnose_trace
 from basinscope.analysis.rise import Batches, error_of_rise
 
-RUNS = (
-    200  # give their spread to 5% (one standard error); an error may be off by a fifth, 4 of them
-)
+RUNS = 200  # give their spread to 5%; an error may be off by a fifth, four times that
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -40,13 +38,7 @@ def test_the_error_is_that_of_repeated_runs(
     Chains that see a data set several times, each in its own order, miss less than their traces
     show: nothing of the batches.
     """
-    rng = np.random.default_rng(2)
-    misses, errors = [], []
-    for _ in range(RUNS):
-        traces, batches, init_losses, miss = run(rng, at_init, left, new, shared=shared, **sizes)
-        misses.append(miss)
-        errors.append(error_of_rise(traces, batches, init_losses))
-    ratio = np.sqrt(np.mean(np.square(errors)) / np.mean(np.square(misses)))
+    ratio = error_over_spread((at_init, left, new), shared=shared, **sizes)
     assert 0.8 < ratio < (1.6 if "per_epoch" in sizes and not shared else 1.25)
 
 
@@ -64,13 +56,28 @@ def test_the_error_is_that_of_repeated_runs(
 def test_without_batches_losses_they_differ_as_much_at_the_checkpoint(
     sizes: dict[str, Any],
 ) -> None:
+    assert 0.8 < error_over_spread((0.5, 1.0, 0.0), known=False, **sizes) < 1.25
+
+
+def error_over_spread(
+    of_batches: tuple[float, float, float], known: bool = True, **settings: Any
+) -> float:
+    """Divide the error, over many runs, by what they miss; both as root mean squares.
+
+    Parameters
+    ----------
+    of_batches
+        ``at_init``, ``left`` and ``new`` of :func:`run`.
+    known
+        Whether the error is told the batches' losses at the checkpoint.
+    """
     rng = np.random.default_rng(2)
     misses, errors = [], []
     for _ in range(RUNS):
-        traces, batches, _, miss = run(rng, 0.5, 1.0, 0.0, **sizes)
+        traces, batches, init_losses, miss = run(rng, *of_batches, **settings)
         misses.append(miss)
-        errors.append(error_of_rise(traces, batches))
-    assert 0.8 < np.sqrt(np.mean(np.square(errors)) / np.mean(np.square(misses))) < 1.25
+        errors.append(error_of_rise(traces, batches, init_losses if known else None))
+    return float(np.sqrt(np.mean(np.square(errors)) / np.mean(np.square(misses))))
 
 
 def run(
