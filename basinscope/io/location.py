@@ -76,13 +76,15 @@ def require_place(path: Path) -> None:
 def made_at_once(path: Path, or_else: Callable[[Path], bool] = Path.exists) -> Iterator[Path]:
     """Give a draft beside a path to fill, then move it into place in one step, on the disk.
 
-    A process that loses a race leaves what the winner put there as it is.
+    A process that loses a race leaves what the winner put there as it is. A symbolic link stays:
+    what it points to is made.
 
     Parameters
     ----------
     or_else : callable
         Whether what the winner put there will do; if not, losing is an error.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.parent / f".{path.name}.{uuid.uuid4().hex}.partial"
     try:

@@ -94,7 +94,8 @@ def begun_chunks(path: str | os.PathLike[str], name: str) -> tuple[int, ...] | N
 
 def progress_bar() -> Any:
     """Show progress on a terminal, and nothing in a log."""
-    return ProgressBar(out=sys.stderr, minimum=1.0) if sys.stderr.isatty() else nullcontext()
+    seen = sys.stderr and sys.stderr.isatty()  # None where it is closed
+    return ProgressBar(out=sys.stderr, minimum=1.0) if seen else nullcontext()
 
 
 def digest(values: np.ndarray) -> str:

@@ -111,12 +111,7 @@ class BackgroundWriter:
     def check(self) -> None:
         """Raise the error of an earlier write, if there was one."""
         if self._error is not None:
-            free = shutil.disk_usage(self.path).free if self.path.exists() else 0
-            raise StoreWriteError(
-                f"writing to {self.path} failed: {self._error} ({free / 2**20:.0f} MiB are free "
-                "there). Sampling stopped; make room or repair the cause, then make the same "
-                "call again: finished chains are kept."
-            ) from self._error
+            raise write_error(self.path, self._error) from self._error
 
     def drain(self, chain: int | None = None) -> None:
         """Wait until everything handed over is on disk; raises what :meth:`put` raises."""
@@ -127,9 +122,15 @@ class BackgroundWriter:
         self.check()
 
     def close(self) -> None:
-        """Finish the queue and end the thread, without raising."""
+        """Finish the queue and end the thread, without raising; whatever comes later is an error.
+
+        A chain's thread that outlives a second signal must not wait for a thread that has ended.
+        """
         self._jobs.put(None)
         self._thread.join()
+        with self._changed:
+            self._error = self._error or ValueError("it was stopped before this was written")
+            self._changed.notify_all()
 
     def _work(self) -> None:
         # zarr's own loop and threads are for many readers: encoding in each of those would leave
@@ -163,6 +164,16 @@ class BackgroundWriter:
         for file in written_files(self.path / name, self.arrays[name], region):
             settle(file)
         self.write_seconds[chain] += time.perf_counter() - start
+
+
+def write_error(path: Path, cause: BaseException) -> StoreWriteError:
+    """Say why a store could not be written, and what to do."""
+    free = shutil.disk_usage(path).free if path.exists() else 0
+    return StoreWriteError(
+        f"writing to {path} failed: {cause} ({free / 2**20:.0f} MiB are free there). Sampling "
+        "stopped; make room or repair the cause, then make the same call again: finished chains "
+        "are kept."
+    )
 
 
 class RowBuffer:

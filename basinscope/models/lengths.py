@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from basinscope.io.dims import FROM_END
 from basinscope.models.activation_cache import ActivationCache
 from basinscope.models.interventions import Intervention
 from basinscope.models.positions import Positions, resolve_positions
 
+FROM_END = "from_end"  # coordinate of positions that count from the end
 NO_TOKEN = -1  # where a sequence has none
 
 

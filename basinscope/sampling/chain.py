@@ -26,7 +26,7 @@ from basinscope.io.codecs import round_losses
 from basinscope.io.memory import give_back
 from basinscope.io.schema import METRICS
 from basinscope.io.store import SampleStore, now
-from basinscope.io.writer import BackgroundWriter, RowBuffer
+from basinscope.io.writer import BackgroundWriter, RowBuffer, write_error
 from basinscope.kernels.noise import INIT, fill_normal
 from basinscope.kernels.sgld import SgldUpdate
 from basinscope.models.forward import inside_bridge, to_device
@@ -182,7 +182,7 @@ class ChainRunner:
         self.prefix = prefix
         self.checkpoint_every, self.stop, self.report = checkpoint_every, stop, report
         quicken_linears(model)
-        self.clock = PhaseClock()
+        self.clock = PhaseClock(elsewhere=lambda: writer.stall_seconds[self.chain])
         self.profiler = StepProfiler(profile, profile_steps, self.clock)
         config = job.config
 
@@ -226,6 +226,7 @@ class ChainRunner:
             if record["state"] in (chain_state.DONE, chain_state.FAILED):
                 return
             self.store.remove_litter(chain)
+            self.chain = chain
             self.clock.seconds.clear()
             self.earlier = record["seconds"]
             slot = record["checkpoint"]
@@ -461,14 +462,17 @@ class ChainRunner:
             if self.job.device.type == "cuda":
                 state["rng_cuda"] = torch.cuda.get_rng_state(self.job.device).numpy()
             used = self.store.record(chain)["checkpoint"]
-            slot = write_checkpoint(self.store.path, chain, used, state)
-            self.store.update_record(
-                chain,
-                checkpoint=slot,
-                steps_written=steps,
-                draws_written=self.job.config.draws_before(steps),
-                seconds=self._seconds(chain, dict(self.clock.seconds), self.earlier),
-            )
+            try:
+                slot = write_checkpoint(self.store.path, chain, used, state)
+                self.store.update_record(
+                    chain,
+                    checkpoint=slot,
+                    steps_written=steps,
+                    draws_written=self.job.config.draws_before(steps),
+                    seconds=self._seconds(chain, dict(self.clock.seconds), self.earlier),
+                )
+            except OSError as error:
+                raise write_error(self.store.path, error) from error
 
     def _forget_from(self, step: int) -> None:
         """Drop what was collected of a step and those after it."""

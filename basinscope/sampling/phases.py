@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,11 @@ class PhaseClock:
 
     On a GPU a phase's time is what the host spent on it; the kernels it launched may still run.
 
+    Parameters
+    ----------
+    elsewhere : callable
+        Seconds so far that are counted elsewhere, and not for the phase in which they pass.
+
     Attributes
     ----------
     seconds : dict of str to float
@@ -24,14 +29,15 @@ class PhaseClock:
         Whether phases also become ranges in a running profiler (and NVTX ranges on CUDA).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Callable[[], float] = lambda: 0.0) -> None:
+        self.elsewhere = elsewhere
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.annotate = False
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Count the time inside the block."""
-        start = time.perf_counter()
+        start = self._now()
         try:
             if self.annotate:
                 with _named_range(phase):
@@ -39,7 +45,10 @@ class PhaseClock:
             else:
                 yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[phase] += self._now() - start
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.elsewhere()
 
 
 @contextmanager
@@ -73,8 +82,9 @@ class StepProfiler:
     def before_step(self, step: int) -> None:
         """Start at the window's first step, or where a resumed chain goes on after it."""
         if self.path is not None and self.running is None and step >= self.first:
-            self.running = torch.profiler.profile()
-            self.running.__enter__()
+            with self.clock("profile"):
+                self.running = torch.profiler.profile()
+                self.running.__enter__()
             self.clock.annotate = True
 
     def after_step(self, step: int) -> None:
@@ -87,8 +97,9 @@ class StepProfiler:
         if self.running is None:
             return
         self.clock.annotate = False
-        self.running.__exit__(None, None, None)
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.running.export_chrome_trace(str(self.path))
+        with self.clock("profile"):
+            self.running.__exit__(None, None, None)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.running.export_chrome_trace(str(self.path))
         self.running, self.path = None, None

@@ -28,7 +28,7 @@ def show_progress(
     show : bool or None
         None shows bars on a terminal and lines elsewhere; False shows nothing.
     """
-    if show is False:
+    if show is False or not sys.stderr:  # closed, as that of a daemon
         yield lambda progress: None
     elif show is None and sys.stderr.isatty():
         with _bars(chains, num_steps, num_draws, tokens_per_step) as report:
@@ -43,7 +43,7 @@ def show_count(noun: str, total: int, show: bool | None) -> Iterator[Callable[[i
 
     A bar on a terminal, a line now and then elsewhere; nothing if ``show`` is False.
     """
-    if show is False:
+    if show is False or not sys.stderr:  # closed, as that of a daemon
         yield lambda done: None
     elif show is None and sys.stderr.isatty():
         from rich.console import Console

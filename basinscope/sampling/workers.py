@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -60,8 +61,8 @@ def run_in_workers(
             job,
             job_file,
             names="the model or loss_fn",
-            elsewhere="worker processes",
-            instead="use workers=1",
+            elsewhere=f"worker processes through {directory}",
+            instead="use workers=1, make room there (TMPDIR names another place)",
         )
         processes = [
             _start(job_file, path, chains[i::count], workers, checkpoint_every)
@@ -153,6 +154,7 @@ def _listen(
 
 
 def _main(order: dict[str, Any]) -> None:
+    reports, sys.stdout = sys.stdout, sys.stderr  # what a model or a loss prints is no report
     torch.set_num_threads(order["threads"])
     _set_arithmetic(**order["arithmetic"])
     job = torch.load(order["job"], weights_only=False)
@@ -165,7 +167,7 @@ def _main(order: dict[str, Any]) -> None:
             order["chains"],
             checkpoint_every=order["checkpoint_every"],
             stop=stop,
-            report=_printer(),
+            report=_printer(reports),
         )
 
 
@@ -198,8 +200,11 @@ def _stop_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _printer() -> Callable[[Progress], None]:
-    """Print reports as lines of JSON, not more often than a person can see."""
+def _printer(to: IO[str]) -> Callable[[Progress], None]:
+    """Print reports as lines of JSON, not more often than a person can see.
+
+    A parent that is gone reads none: its worker still ends in good order.
+    """
     last = 0.0
 
     def report(progress: Progress) -> None:
@@ -207,7 +212,8 @@ def _printer() -> Callable[[Progress], None]:
         if progress.state == RUNNING and time.monotonic() - last < REPORT_SECONDS:
             return
         last = time.monotonic()
-        print(json.dumps(asdict(progress)), flush=True)
+        with suppress(BrokenPipeError):
+            print(json.dumps(asdict(progress)), file=to, flush=True)
 
     return report
 

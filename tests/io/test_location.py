@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import xarray as xr
 
-from basinscope.io.location import local_path, require_place
+from basinscope.io.location import local_path, made_at_once, require_place
 
 
 def test_paths_are_paths_and_homes_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,3 +58,17 @@ def test_nothing_can_be_made_below_a_file(tmp_path: Path) -> None:
     for fine in ("file", "new/runs/a.zarr"):
         require_place(tmp_path / fine)
     require_place(Path("a.zarr"))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_symbolic_link_stays_and_what_it_points_to_is_made(there: bool, tmp_path: Path) -> None:
+    link, place = tmp_path / "link", tmp_path / "scratch" / "s.zarr"
+    link.symlink_to(place)
+    if there:
+        place.mkdir(parents=True)
+    with made_at_once(link) as draft:
+        draft.mkdir()
+        (draft / "file").touch()
+    assert link.is_symlink()
+    assert [file.name for file in place.iterdir()] == ["file"]
+    assert list(place.parent.iterdir()) == [place]

@@ -18,7 +18,13 @@ import zarr
 
 from basinscope.io import results
 from basinscope.io.locks import lock_directory
-from basinscope.io.results import ResultLockedError, begun_chunks, digest, write_result
+from basinscope.io.results import (
+    ResultLockedError,
+    begun_chunks,
+    digest,
+    progress_bar,
+    write_result,
+)
 from basinscope.io.store import StoreMismatchError
 
 SETTINGS = {"kind": "test", "options": {"covariance": False, "rows": [1, 2]}}
@@ -315,6 +321,12 @@ def test_a_flipped_bit_of_a_chunk_is_an_error_in_plain_xarray(name: str, tmp_pat
         file.write_bytes(good)
     assert unnoticed == set()
     require_numbers(xr.open_datatree(path, engine="zarr", consolidated=False))
+
+
+def test_no_progress_is_shown_where_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar():
+        pass
 
 
 def test_a_digest_names_an_array_by_all_that_it_is() -> None:

@@ -181,6 +181,16 @@ def test_close_finishes_the_queue_and_ends_the_thread(store: Store) -> None:
     np.testing.assert_array_equal(store.read("a")[1, :, 0], np.arange(ROWS))
 
 
+def test_what_comes_after_close_is_an_error_and_no_wait(store: Store) -> None:
+    writer = store.writer()
+    writer.close()
+    row = np.zeros((1, WIDTH), np.float32)
+    with pytest.raises(StoreWriteError, match="stopped before this was written"):
+        writer.put("a", (0, slice(0, 1)), row)
+    with pytest.raises(StoreWriteError, match="stopped before this was written"):
+        writer.drain()
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -25,9 +26,10 @@ from torch import Tensor, nn
 from basinscope.io.store import DONE, PENDING, RUNNING, ChainLockedError, SampleStore, open_store
 from basinscope.io.writer import StoreWriteError
 from basinscope.sampling import chain as chain_module
+from basinscope.sampling.chain import Progress
 from basinscope.sampling.job import next_token_loss
 from basinscope.sampling.sample import sample
-from basinscope.sampling.workers import WorkerError
+from basinscope.sampling.workers import WorkerError, _printer
 from tests.conftest import token_rows
 from tests.models_small import RawModel
 
@@ -151,6 +153,28 @@ def test_the_second_signal_insists(tmp_path: Path) -> None:
     assert LOSS.interrupted_inside, "the second signal waited for the step's end"
 
 
+def test_chains_in_threads_end_after_the_second_signal_too(tmp_path: Path) -> None:
+    """Each is in a step then, whose end finds no writer for the checkpoint."""
+    first_step = threading.Barrier(2)
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            if first_step.wait() == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)  # the main thread sees one after the other
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return next_token_loss(model, ids)
+
+    settings = {"loss_fn": loss, "num_chains": 2, "chains_at_once": 2, "observables": {}}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "s.zarr", **settings, checkpoint_every=1000)
+    store, end = SampleStore(tmp_path / "s.zarr"), time.monotonic() + 20
+    while any(map(store.is_locked, (0, 1))):
+        assert time.monotonic() < end, "a chain waits for a writer that has ended"
+        time.sleep(0.02)
+
+
 def test_handlers_come_back(tmp_path: Path) -> None:
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     run(tmp_path / "a.zarr")
@@ -183,6 +207,19 @@ def test_a_chain_of_another_process_is_refused(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="chain 1 is unfinished"):
         open_store(tmp_path / "s.zarr")
     assert_equal(run(tmp_path / "s.zarr"), run(tmp_path / "whole.zarr"))
+
+
+def test_a_checkpoint_for_which_there_is_no_room_is_said_in_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chain_module, "write_checkpoint", full)
+        with pytest.raises(StoreWriteError, match=r"s\.zarr failed: .*No space left.*make room"):
+            run(tmp_path / "s.zarr", checkpoint_every=3)
+    run(tmp_path / "s.zarr", checkpoint_every=3)
 
 
 def test_a_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
@@ -280,6 +317,27 @@ def test_a_worker_that_dies_is_an_error_and_its_chain_is_resumed(tmp_path: Path)
         run(tmp_path / "s.zarr", workers=2, loss_fn=die_in_a_worker)
     whole = run(tmp_path / "whole.zarr", loss_fn=die_in_a_worker)
     assert_equal(run(tmp_path / "s.zarr", loss_fn=die_in_a_worker), whole)
+
+
+def test_what_a_loss_prints_in_a_worker_is_no_report(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "s.zarr", workers=2, num_chains=2, loss_fn=print_json_in_a_worker)
+    assert '{"loss": 3.5}' in capfd.readouterr().err
+
+
+def test_a_worker_whose_parent_is_gone_reports_to_nobody() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    reports = os.fdopen(write, "w", buffering=1)
+    _printer(reports)(Progress(chain=0, step=1, draws=1, loss=3.5))
+    with suppress(BrokenPipeError):
+        reports.close()
+
+
+def print_json_in_a_worker(model: nn.Module, ids: Tensor) -> Tensor:
+    print('{"loss": 3.5}', flush=True)
+    return next_token_loss(model, ids)
 
 
 def die_in_a_worker(model: nn.Module, ids: Tensor) -> Tensor:

@@ -672,14 +672,26 @@ def test_time_is_recorded_per_phase(tmp_path: Path) -> None:
     assert float(tree.n_beta) == 10.0
 
 
+def test_no_second_is_recorded_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints wait for the disk; that time is of the stall, and not of the checkpoint too."""
+    monkeypatch.setattr("basinscope.io.writer.settle", lambda file: time.sleep(0.05))
+    start = time.perf_counter()
+    tree = run(tmp_path, checkpoint_every=1, num_chains=1, num_draws=6)
+    elapsed = time.perf_counter() - start
+    seconds = tree.attrs["seconds"]
+    assert seconds["stall"] > 0.5
+    assert sum(s for phase, s in seconds.items() if "background" not in phase) < elapsed
+
+
 def test_a_profile_of_the_first_steps_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    run(tmp_path, profile="~/new/trace.json", profile_steps=(1, 3))
+    tree = run(tmp_path, profile="~/new/trace.json", profile_steps=(1, 3))
     trace = (tmp_path / "new" / "trace.json").read_text()
     for phase in ("forward", "backward", "update", "observe"):
         assert f'"{phase}"' in trace
+    assert tree.attrs["seconds"]["profile"] > 0
 
 
 def test_each_metric_is_stored_under_its_own_name(tmp_path: Path) -> None:
