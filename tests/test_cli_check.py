@@ -143,8 +143,11 @@ def test_what_a_run_takes_and_what_is_left_of_it(folder: Path) -> None:
 
 
 def losses_in(draws: int, steps: int) -> int:
-    """Of 2 chains, 4 sequences a step and 12 a draw, 8 losses in each; and at the checkpoint."""
-    return 2 * 8 * (4 * draws + 4 * steps + 12 * draws + 1) + 8 * 12
+    """Of 2 chains, 4 sequences a step and 12 a draw, 8 losses in each; and at the checkpoint.
+
+    There it is those of the observables' sequences, and of 32 batches, a mean each.
+    """
+    return 2 * 8 * (4 * draws + 4 * steps + 12 * draws + 1) + 8 * 12 + 8 * 32
 
 
 def test_a_disk_that_cannot_hold_the_losses_is_a_warning(
