@@ -72,8 +72,9 @@ def error_of_rise(
     batches, and these differ by as much there as where the chains are: β times as much, which is
     the slope of the traces' differences between neighbouring rows in those at the checkpoint. With
     u and v, the shares of batches in the mean of the rows and in that at the checkpoint, the
-    differences f at the checkpoint bring in the variance of Σ (β u - v) f. Batches are drawn from
-    an epoch without replacement.
+    differences f at the checkpoint bring in the variance of Σ (β u - v) f; what batches differ by
+    where the chains are, beyond β f, that of Σ u times it. Batches are drawn from an epoch without
+    replacement.
 
     Parameters
     ----------
