@@ -108,11 +108,7 @@ class Samples:
 
     def init_loss(self) -> list[StoredArray | da.Array | np.ndarray]:
         """Give the loss at the checkpoint of each chain that counts, (1, token_pos)."""
-        stored = self._stored("init_loss")
-        if stored is not None:
-            return [stored.part(slice(chain, chain + 1)) for chain in self.places]
-        data = unread(self.dataset.variables["init_loss"])
-        return [data[chain : chain + 1] for chain in self.places]
+        return self._of_chains("init_loss")
 
     def init_batch_loss(self) -> list[StoredArray | da.Array | np.ndarray] | None:
         """Give the batches' losses at the checkpoint, (init_batch, token_pos).
@@ -123,12 +119,17 @@ class Samples:
         variable = self.dataset.variables.get("init_batch_loss")
         if variable is None:
             return None
+        if dims.CHAIN in variable.dims:
+            return self._of_chains("init_batch_loss")
         stored = self._stored("init_batch_loss")
-        if dims.CHAIN not in variable.dims:
-            return [unread(variable) if stored is None else stored]
+        return [unread(variable) if stored is None else stored]
+
+    def _of_chains(self, name: str) -> list[StoredArray | da.Array | np.ndarray]:
+        """Give an array of each chain that counts, with a first axis of one."""
+        stored = self._stored(name)
         if stored is not None:
             return [stored.part(slice(chain, chain + 1)) for chain in self.places]
-        data = unread(variable)
+        data = unread(self.dataset.variables[name])
         return [data[chain : chain + 1] for chain in self.places]
 
     def _stored(self, name: str) -> StoredArray | None:

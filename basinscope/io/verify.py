@@ -16,6 +16,7 @@ from dask.delayed import delayed
 from zarr.codecs import Crc32cCodec
 
 from basinscope.io import dims
+from basinscope.io.chunked import read_attributes
 from basinscope.io.finished import arrays_due
 from basinscope.io.location import local_path
 from basinscope.io.results import progress_bar
@@ -133,11 +134,11 @@ class _Read(NamedTuple):
 def _config(root: Path) -> dict[str, Any]:
     """Read the settings of a store of :func:`basinscope.sample`; of any other store none."""
     try:
-        attributes = json.loads((root / "zarr.json").read_text())["attributes"]
+        attributes = read_attributes(root)
         config: dict[str, Any] = attributes["metadata"]["config"]
         # estimates carry the settings on, but not where the chains ran
         ours = {"created_by", "device"} <= attributes.keys() and "num_chains" in config["sampler"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return {}
     return config if ours else {}
 
@@ -152,7 +153,7 @@ def _names(root: Path, config: Mapping[str, Any]) -> list[str]:
         save_metrics=config["sampler"]["save_metrics"],
         save_sampling_input_ids=config["sampler"]["save_sampling_input_ids"],
     )  # fmt: skip
-    version = json.loads((root / "zarr.json").read_text())["attributes"]["schema_version"]
+    version = read_attributes(root)["schema_version"]
     return [name for name in arrays if version > 1 or name != "init_batch_loss"]
 
 

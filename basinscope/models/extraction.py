@@ -172,8 +172,6 @@ def extract(
         raise ValueError(f"batch_size={batch_size!r}: give a number of examples, 1 or more")
     if isinstance(input_ids, Tensor) and batch_size is None:
         return extractor(input_ids)
-    if isinstance(input_ids, Tensor):
-        _check_ids(model, input_ids)
     sequences = _sequences(model, input_ids)
     groups = by_length(sequences, batch_size)
     if len(groups) == 1:
@@ -192,6 +190,7 @@ def extract(
 def _sequences(model: nn.Module, given: Any) -> Sequence[Tensor]:
     """Give sequences as tensors, each of them checked before any runs."""
     if isinstance(given, Tensor):
+        _check_ids(model, given)
         return list(given)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ValueError(

@@ -24,7 +24,7 @@ from basinscope.models.stream import changing_input, first_tensor
 
 KINDS = ("zero", "mean", "patch")
 _TARGET = re.compile(
-    r"embed|(?P<whole>(resid_in|resid_out|attn_in|attn_out|mlp_out|queries|keys|values)_(?P<of>\d+))"
+    r"embed|(resid_in|resid_out|attn_in|attn_out|mlp_out|queries|keys|values)_(?P<of>\d+)"
     r"|(?P<kind>head_out|queries|keys|values)_L(?P<layer>\d+)H(?P<head>\d+)"
 )
 
@@ -159,18 +159,15 @@ def _changing(
     def change(whole: Tensor) -> Tensor:
         changed = by_example(whole, length).clone()
         now = changed[:, positions]
-        part = now if site.rows is None else now[..., rows]
+        part = now[..., rows].clone()
+        shape = part.shape
         if site.heads and part.ndim == 3:
             part = part.unflatten(-1, (site.heads, -1))
         if head is None:
             part = _replacement(intervention, part, site.scale)
         else:
-            part = part.clone()
-            part[..., head, :] = _replacement(intervention, part[..., head, :], site.scale)
-        if site.rows is None:
-            now = part.reshape(now.shape)
-        else:
-            now[..., rows] = part.flatten(2)
+            part[..., head, :] = _replacement(intervention, part[..., head, :].clone(), site.scale)
+        now[..., rows] = part.reshape(shape)
         changed[:, positions] = now
         return changed.view_as(whole)
 
