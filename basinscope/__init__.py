@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from basinscope.models.preview import preview_weight_restriction
     from basinscope.models.restrictions import all_heads, all_layers, create_param_masks
     from basinscope.sampling.check import check_model
+    from basinscope.sampling.optimizer import SGLD
     from basinscope.sampling.sample import sample
     from basinscope.sampling.temperature import default_nbeta
     from basinscope.sampling.tokenize import tokenize_and_concatenate
@@ -48,6 +49,7 @@ _HOME = {
     "all_layers": "basinscope.models.restrictions",
     "preview_weight_restriction": "basinscope.models.preview",
     "check_model": "basinscope.sampling.check",
+    "SGLD": "basinscope.sampling.optimizer",
     "open_store": "basinscope.io.store",
     "verify": "basinscope.io.verify",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
@@ -67,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "SGLD",
     "ActivationCache",
     "ActivationLoader",
     "ActivationSaver",

@@ -25,18 +25,21 @@ if TYPE_CHECKING:
     from distributed import Client
     from torch import Tensor, nn
 
+    from basinscope.sampling.losses import LossFn
+    from basinscope.sampling.observables import Observables
+
     Restrictions = Mapping[str, Mapping[str, Tensor | None] | str | Sequence[str] | None]
 
 
 def llc(
     model: nn.Module,
     dataset: Dataset,
-    observables: Mapping[str, Dataset | tuple[Dataset, int]],
+    observables: Observables,
     *,
     lr: float,
     n_beta: float,
     param_masks: Mapping[str, Tensor | None] | None = None,
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     **sample_kwargs: Any,
 ) -> xr.Dataset:
     """Sample around a checkpoint and estimate its local learning coefficient.
@@ -69,7 +72,7 @@ def llc(
 def bif(
     model: nn.Module,
     dataset: Dataset,
-    observables: Mapping[str, Dataset | tuple[Dataset, int]],
+    observables: Observables,
     *,
     lr: float,
     n_beta: float,
@@ -82,7 +85,7 @@ def bif(
     bif_device: str | None = None,
     top_k: int | None = None,
     queries: Literal["all"] | Sequence[tuple[int, int]] = "all",
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     **sample_kwargs: Any,
 ) -> xr.Dataset:
     """Sample around a checkpoint and correlate the losses of tokens or sequences.
@@ -133,13 +136,13 @@ def bif(
 def susceptibilities(
     model: nn.Module,
     dataset: Dataset,
-    observables: Mapping[str, Dataset | tuple[Dataset, int]],
+    observables: Observables,
     weight_restrictions: Restrictions | Sequence[str],
     *,
     sampling_task: str,
     lr: float,
     n_beta: float,
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     include_sampling_task: bool = False,
     output_path: str | os.PathLike[str] | None = None,
     client: Client | None = None,

@@ -153,6 +153,21 @@ class SamplerConfig:
         """``alpha`` and ``eps`` for the update kernel; empty for plain SGLD."""
         return dict(self.sampling_method_kwargs or {})
 
+    @property
+    def update_settings(self) -> dict[str, Any]:
+        """What :class:`basinscope.kernels.sgld.SgldUpdate` takes of the settings."""
+        return {
+            "lr": self.lr,
+            "n_beta": self.n_beta,
+            "localization": self.localization,
+            "weight_decay": self.llc_weight_decay,
+            "noise_level": self.noise_level,
+            "bounding_box_size": self.bounding_box_size,
+            "rounding": self.weight_rounding,
+            "alpha": self.rmsprop.get("alpha"),
+            "eps": self.rmsprop.get("eps"),
+        }
+
     def draw_after(self, step: int) -> int | None:
         """Give the draw that step ``step`` (from 0) produces, if it produces one."""
         draw, rest = divmod(step - self.num_burnin_steps, self.num_steps_bw_draws)

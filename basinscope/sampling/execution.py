@@ -59,10 +59,10 @@ class Execution:
         """Chains that run side by side in threads.
 
         On a CPU, one thread per chain beats many threads per operation: nothing waits. Dropout
-        draws from torch's one generator, and a caller's loss may keep state, so those run alone.
+        draws from torch's one generator, and a caller's functions may keep state: those run alone.
         """
         size = sum(p.numel() * p.element_size() for p in job.model.parameters())
-        alone = job.device.type != "cpu" or job.loss_fn is not None or job.config.train_mode
+        alone = job.device.type != "cpu" or job.has_own_code or job.config.train_mode
         alone = alone or self.profile is not None or size > COPIES_BYTES
         usual = 1 if alone else torch.get_num_threads()
         return min(len(self.chains), self.chains_at_once or usual)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from basinscope.sampling.identity import (
     digest_of,
 )
 from basinscope.sampling.layers import TOKENS
-from basinscope.sampling.losses import next_token_loss
+from basinscope.sampling.losses import LossFn, next_token_loss
 from basinscope.sampling.observables import (
     Around,
     Observable,
@@ -49,7 +49,6 @@ SMALL_WORK = 2**28  # tokens times weights, up to which more tokens pay
 SMALL_TOKENS = 8192
 GRADIENT_TOKENS = 512  # tokens whose activations a CPU keeps for a gradient: more are no faster
 
-LossFn = Callable[[nn.Module, Tensor], Tensor]
 ParamMasks = Mapping[str, Tensor | None]
 
 
@@ -97,8 +96,17 @@ class SamplingJob:
     @property
     def loss(self) -> LossFn:
         """The caller's loss, or next-token cross-entropy."""
-        loss = self.loss_fn or partial(next_token_loss, head=self.head)
+        return self.loss_of(None)
+
+    def loss_of(self, own: LossFn | None) -> LossFn:
+        """An observable's own loss, or what all others have."""
+        loss = own or self.loss_fn or partial(next_token_loss, head=self.head)
         return partial(_with_precision, self, loss) if self.config.autocast else loss
+
+    @property
+    def has_own_code(self) -> bool:
+        """Whether functions of the caller's run: ``loss_fn``, or an observable's."""
+        return self.loss_fn is not None or any(o.loss_fn is not None for o in self.observables)
 
     def precision(self) -> AbstractContextManager[None]:
         """The context in which the model runs."""
@@ -133,7 +141,7 @@ class SamplingJob:
         """What evaluates the observables; see there for `around`."""
         return ObservableEvaluator(
             self.observables,
-            self.loss,
+            self.loss_of,
             batch_size=self.config.batch_size,
             per_forward=self.sequences_per_forward,
             device=self.device,
@@ -250,6 +258,11 @@ def prepare_job(
         seed=config.obs_seed,
         sequence_length=length,
     )
+    if cuda_graph and (own := [o.name for o in read if o.loss_fn is not None]):
+        raise ValueError(
+            f"cuda_graph=True replays one recording of the model's own loss, and observable "
+            f"{own[0]!r} has a loss_fn: use one without the other"
+        )
     used = _used_rows(config, rows)
     ids = read_rows(dataset, used)
     for name, values in [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -18,6 +19,9 @@ from basinscope.models.head import (
 )
 
 logger = logging.getLogger("basinscope")
+
+LossFn = Callable[[nn.Module, Tensor], Tensor]
+"""(model, input_ids (batch, token)) -> (batch, token - 1), nats if it is a loss"""
 
 # Operations that keep nothing of their result for the backward pass, and views of results
 _FORGETFUL = {

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,13 @@ from torch import Tensor
 from basinscope.io.activation_runs import LONGEST
 from basinscope.io.dims import BATCH_SAMPLING, observable_batch, observable_id
 from basinscope.sampling.data import check_dataset, observable_rows, read_rows
+from basinscope.sampling.identity import describe_function
+from basinscope.sampling.losses import LossFn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Observables = Mapping[str, Dataset | tuple[Dataset, int] | tuple[Dataset, int, LossFn]]
 
 Around = Callable[[torch.nn.Module, int, Tensor], AbstractContextManager[None]]
 """(model, number of a batch, its ids) -> what its evaluation runs inside of."""
@@ -33,6 +40,8 @@ class Observable:
     input_ids : ndarray (sequence, token), int64
     rows : list of int
         Their rows in the data set.
+    loss_fn : callable or None
+        What a draw records of them, in place of the run's loss.
     """
 
     name: str
@@ -40,13 +49,16 @@ class Observable:
     input_ids: np.ndarray
     rows: list[int]
     batches_per_draw: int
+    loss_fn: LossFn | None = None
 
     def describe(self) -> dict[str, Any]:
         """Give what the store's settings say of it."""
+        own = {} if self.loss_fn is None else {"loss_fn": describe_function(self.loss_fn)}
         return {
             "obs_id": self.obs_id,
             "name": self.name,
             "batches_per_draw": self.batches_per_draw,
+            **own,
         }
 
 
@@ -63,7 +75,8 @@ def read_observables(
     Parameters
     ----------
     observables : mapping
-        Name to data set, or to ``(data set, batches_per_draw)``.
+        Name to data set, to ``(data set, batches_per_draw)``, or to
+        ``(data set, batches_per_draw, loss_fn)``.
 
     Raises
     ------
@@ -72,8 +85,8 @@ def read_observables(
     """
     if not isinstance(observables, Mapping):
         raise TypeError(
-            "observables must be a dict of name to data set, or to (data set, batches_per_draw); "
-            f"got {type(observables).__name__}"
+            "observables must be a dict of name to data set, to (data set, batches_per_draw), or "
+            f"to (data set, batches_per_draw, loss_fn); got {type(observables).__name__}"
         )
     found: dict[str, Observable] = {}
     for name, given in observables.items():
@@ -92,12 +105,18 @@ def read_observables(
                 "sampling batches; rename it"
             )
         label = f"observable {name!r}"
-        if isinstance(given, tuple) and len(given) != 2:
+        if isinstance(given, tuple) and len(given) not in (2, 3):
             raise ValueError(
-                f"{label} must be a data set or (data set, batches_per_draw); "
-                f"got a tuple of {len(given)}"
+                f"{label} must be a data set, (data set, batches_per_draw) or (data set, "
+                f"batches_per_draw, loss_fn); got a tuple of {len(given)}"
             )
-        dataset, batches = given if isinstance(given, tuple) else (given, batches_per_draw)
+        dataset, batches, *own = given if isinstance(given, tuple) else (given, batches_per_draw)
+        loss_fn = own[0] if own else None
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(
+                f"{label}: loss_fn must be a function (model, input_ids) -> (batch, token - 1); "
+                f"got {type(loss_fn).__name__}"
+            )
         if isinstance(batches, bool) or not isinstance(batches, numbers.Integral) or batches < 1:
             raise ValueError(
                 f"{label}: batches_per_draw must be a whole number of at least 1; got {batches!r}"
@@ -121,7 +140,7 @@ def read_observables(
                 f"'loss_{obs_id}': rename one"
             )
         rows = observable_rows(num_rows, count, seed)
-        found[obs_id] = Observable(name, obs_id, read_rows(dataset, rows), rows, batches)
+        found[obs_id] = Observable(name, obs_id, read_rows(dataset, rows), rows, batches, loss_fn)
     return list(found.values())
 
 
@@ -129,63 +148,74 @@ class ObservableEvaluator:
     """Evaluates all observables with as few and as large forwards as their rows allow.
 
     Sequences that several observables share are evaluated once. A model's own loss takes them in
-    groups of about ``per_forward``; a caller's ``loss_fn`` sees batches of ``batch_size``, as it
-    would without this class.
+    groups of about ``per_forward``; a caller's ``loss_fn``, the run's or an observable's, sees
+    batches of ``batch_size``, as it would without this class.
 
     Parameters
     ----------
     observables : list of Observable
-    loss_fn : callable
-        ``(model, input_ids) -> (batch, token_pos)``.
+    loss_of : callable
+        From an observable's ``loss_fn`` to ``(model, input_ids) -> (batch, token_pos)``.
     batch_size : int
     per_forward : int or None
         Most sequences of a group; None where sequences must stay in their batches.
     around : callable, optional
-        What the evaluation of a batch runs inside of.
+        What the evaluation of a batch by the run's loss runs inside of.
     """
 
     def __init__(
         self,
         observables: list[Observable],
-        loss_fn: Callable[[torch.nn.Module, Tensor], Tensor],
+        loss_of: Callable[[LossFn | None], LossFn],
         *,
         batch_size: int,
         per_forward: int | None,
         device: torch.device,
         around: Around | None = None,
     ) -> None:
-        self.loss_fn = loss_fn
-        self.around = around
-        self.positions: dict[str, Tensor] = {}
-        self.batches: list[Tensor] = []
-        if not observables:
-            return
-        everything = np.concatenate([o.input_ids for o in observables])
-        unit = 1 if per_forward else batch_size
-        kept, positions = _first_occurrences(everything.reshape(len(everything) // unit, -1))
-        tokens = everything.shape[1]
-        unique = everything.reshape(-1, unit, tokens)[kept].reshape(-1, tokens)
-        ids = torch.from_numpy(unique).to(device)
-        self.batches = list(
-            ids.split(even_size(len(ids), per_forward) if per_forward else batch_size)
-        )
-        rows = (positions[:, None] * unit + np.arange(unit)).reshape(-1)
-        start = 0
-        for observable in observables:
-            end = start + len(observable.input_ids)
-            self.positions[observable.obs_id] = torch.from_numpy(rows[start:end]).to(device)
-            start = end
+        self.positions = {o.obs_id: torch.empty(0) for o in observables}
+        self.batches: list[tuple[Tensor, LossFn, Around | None]] = []
+        first = 0
+        for members in _by_loss(observables):
+            own = members[0].loss_fn
+            most = per_forward if own is None else None
+            unique, positions = _distinct(members, 1 if most else batch_size)
+            for observable, rows in zip(members, positions, strict=True):
+                self.positions[observable.obs_id] = torch.from_numpy(first + rows).to(device)
+            first += len(unique)
+            loss = loss_of(own)
+            size = even_size(len(unique), most) if most else batch_size
+            for ids in torch.from_numpy(unique).to(device).split(size):
+                self.batches.append((ids, loss, around if own is None else None))
 
     def __call__(self, model: torch.nn.Module) -> dict[str, Tensor]:
         """Evaluate at the model's weights: obs_id to losses (sequence, token_pos), float32."""
         if not self.batches:
             return {}
-        losses = torch.cat([self._losses(model, *batch) for batch in enumerate(self.batches)])
+        found = []
+        for number, (ids, loss, around) in enumerate(self.batches):
+            with around(model, number, ids) if around else nullcontext():
+                found.append(loss(model, ids).float())
+        losses = torch.cat(found)
         return {obs_id: losses[rows] for obs_id, rows in self.positions.items()}
 
-    def _losses(self, model: torch.nn.Module, number: int, ids: Tensor) -> Tensor:
-        with self.around(model, number, ids) if self.around else nullcontext():
-            return self.loss_fn(model, ids).float()
+
+def _by_loss(observables: list[Observable]) -> list[list[Observable]]:
+    """Group observables that are evaluated by the same function, in order of appearance."""
+    groups: dict[int, list[Observable]] = {}
+    for observable in observables:
+        groups.setdefault(id(observable.loss_fn), []).append(observable)
+    return list(groups.values())
+
+
+def _distinct(members: list[Observable], unit: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Find distinct units of neighbouring sequences, and where each observable's sequences are."""
+    everything = np.concatenate([o.input_ids for o in members])
+    tokens = everything.shape[1]
+    kept, positions = _first_occurrences(everything.reshape(len(everything) // unit, -1))
+    unique = everything.reshape(-1, unit, tokens)[kept].reshape(-1, tokens)
+    rows = (positions[:, None] * unit + np.arange(unit)).reshape(-1)
+    return unique, np.split(rows, np.cumsum([len(o.input_ids) for o in members])[:-1])
 
 
 def _first_occurrences(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -35,7 +35,8 @@ class PrefixCache:
 
     def __init__(self, job: SamplingJob, entry: Entry) -> None:
         self.job, self.entry = job, entry
-        observed = sum(o.input_ids.size for o in job.observables) * entry.token_bytes
+        observed = sum(o.input_ids.size for o in job.observables if o.loss_fn is None)
+        observed *= entry.token_bytes
         sampled = job.pool.numel() * entry.token_bytes
         self.keeps_observables = observed <= job.prefix_cache_bytes
         left = job.prefix_cache_bytes - (observed if self.keeps_observables else 0)

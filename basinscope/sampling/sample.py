@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from basinscope.sampling.identity import moved_elements
 from basinscope.sampling.init_loss import init_losses, observed_losses
 from basinscope.sampling.interrupt import StopRequest, stop_on_signals
 from basinscope.sampling.job import PROBE_TOKENS, SamplingJob, prepare_job
-from basinscope.sampling.losses import head_or_none
+from basinscope.sampling.losses import LossFn, head_or_none
 from basinscope.sampling.precision import warn_about_rounding
 from basinscope.sampling.progress import show_progress
 from basinscope.sampling.workers import run_in_workers
@@ -46,6 +46,8 @@ from basinscope.sampling.workers import run_in_workers
 if TYPE_CHECKING:
     import xarray as xr
     from datasets import Dataset
+
+    from basinscope.sampling.observables import Observables
 
 logger = logging.getLogger("basinscope")
 
@@ -60,7 +62,7 @@ class ChainFailedWarning(UserWarning):
 def sample(
     model: nn.Module,
     dataset: Dataset,
-    observables: Mapping[str, Dataset | tuple[Dataset, int]],
+    observables: Observables,
     *,
     lr: float,
     n_beta: float,
@@ -89,7 +91,7 @@ def sample(
     device: str | torch.device | None = None,
     save_metrics: bool = False,
     output_path: str | os.PathLike[str] | None = None,
-    loss_fn: Callable[[nn.Module, Tensor], Tensor] | None = None,
+    loss_fn: LossFn | None = None,
     train_mode: bool = False,
     weight_rounding: Literal["nearest", "stochastic"] = "nearest",
     autocast: Literal["bfloat16"] | None = None,
@@ -125,7 +127,8 @@ def sample(
     dataset : datasets.Dataset
         What chains are trained on: a column ``input_ids``, all rows of one length, at least 2.
     observables : dict
-        Name to a data set, or to ``(data set, batches_per_draw)``, whose losses each draw records.
+        Name to a data set, or to ``(data set, batches_per_draw)``, whose losses each draw records;
+        or to ``(data set, batches_per_draw, loss_fn)``, to record another number per token.
     lr, n_beta : float
         Step size ε and inverse temperature nβ.
     param_masks : dict, optional
@@ -334,6 +337,7 @@ def _run(
         few = job.token_ids(job.batch_rows(0)[0][:1])[:, :PROBE_TOKENS]
         job = replace(job, head=head_or_none(working, few))
     _check_loss(job, working)
+    _check_observables(job, working)
     path = path or _temporary_path(config)
     if not is_store(path):
         SampleStore.create(path, job.arrays(), _attributes(job, settings), config.num_chains)
@@ -403,12 +407,7 @@ def _check_loss(job: SamplingJob, model: nn.Module) -> None:
             f"{int(batch.max())} in sequences of {job.sequence_length} ({error}): tokenize with "
             "this model's own tokenizer, and to its length"
         ) from error
-    if not isinstance(losses, Tensor) or tuple(losses.shape) != wanted:
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"{kind} must have shape (batch, token - 1) = {wanted}, one loss per predicted token; "
-            f"got {got}"
-        )
+    _require_shape(losses, wanted, kind)
     if not losses.requires_grad:
         raise ValueError(
             f"{kind} has no gradient with respect to the parameters that should move: it was "
@@ -420,6 +419,32 @@ def _check_loss(job: SamplingJob, model: nn.Module) -> None:
             f"{kind} is not finite at the checkpoint itself: sampling around it is meaningless. "
             "Check the weights (load the model in float32 or bfloat16) and the data"
         )
+
+
+def _require_shape(losses: Any, wanted: tuple[int, int], kind: str) -> None:
+    if not isinstance(losses, Tensor) or tuple(losses.shape) != wanted:
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"{kind} must have shape (batch, token - 1) = {wanted}, one loss per predicted token; "
+            f"got {got}"
+        )
+
+
+@torch.no_grad()
+def _check_observables(job: SamplingJob, model: nn.Module) -> None:
+    """Evaluate what observables have in place of the loss, on a batch of each."""
+    for observable in job.observables:
+        if observable.loss_fn is None:
+            continue
+        ids = torch.from_numpy(observable.input_ids[: job.config.batch_size]).to(job.device)
+        values = job.loss_of(observable.loss_fn)(model, ids)
+        kind = f"the loss_fn of observable {observable.name!r}"
+        _require_shape(values, (len(ids), job.sequence_length - 1), kind)
+        if not torch.isfinite(values).all():
+            raise ValueError(
+                f"{kind} is not finite at the checkpoint itself, and a chain ends where an "
+                "observable is not: give a number that is, such as 0, where it has no value"
+            )
 
 
 def _require_gradients(job: SamplingJob, model: nn.Module, losses: Tensor, kind: str) -> None:

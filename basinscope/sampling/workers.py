@@ -60,7 +60,7 @@ def run_in_workers(
         pickled(
             job,
             job_file,
-            names="the model or loss_fn",
+            names="the model, loss_fn or an observable's loss_fn",
             elsewhere=f"worker processes through {directory}",
             instead="use workers=1, make room there (TMPDIR names another place)",
         )

@@ -121,7 +121,7 @@ def test_any_sharing_gives_every_sequence_its_own_loss(
 
     evaluate = ObservableEvaluator(
         found,
-        first_token,
+        lambda own: own or first_token,
         batch_size=BATCH,
         per_forward=200 if regroup else None,
         device=torch.device("cpu"),
@@ -196,7 +196,7 @@ def evaluator(
 ) -> ObservableEvaluator:
     return ObservableEvaluator(
         found,
-        loss_fn or next_token_loss,
+        lambda own: own or loss_fn or next_token_loss,
         batch_size=BATCH,
         per_forward=per_forward if loss_fn is None else None,
         device=torch.device("cpu"),
