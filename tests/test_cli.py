@@ -403,7 +403,8 @@ def test_an_llc_says_what_it_is_taken_against(folder: Path, reference: str) -> N
     figures = json.loads(invoke("llc", store, "--json").stdout)
     assert figures["llc_observables_reference"] == {"pile": reference}
     shown = flat(invoke("llc", store))
-    assert f"{figures['llc_observables']['pile']:.2f} │ {reference}" in shown
+    value, error = (figures[name]["pile"] for name in ("llc_observables", "llc_observables_error"))
+    assert f"{value:.2f} ± {error:.2f} │ {reference}" in shown
     assert ("what the loss rose before that draw is left out" in shown) == (not known)
 
 

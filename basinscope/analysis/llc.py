@@ -23,7 +23,7 @@ from basinscope.analysis.means import (
 )
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.plan import Layout, Plan, plan_means
-from basinscope.analysis.rise import Batches, error_of_rise
+from basinscope.analysis.rise import Batches, error_of_chains, error_of_rise
 from basinscope.analysis.selections import numbers_along, row_numbers
 from basinscope.analysis.stores import (
     Samples,
@@ -82,7 +82,9 @@ def compute_llc(
           has no ``init_loss_{obs}`` (devinterp writes none), the mean at the first draw stands in,
           which has risen already: attribute ``reference`` says "checkpoint" or "first draw". NaN
           where ``burn_in`` leaves no draw. Named
-          ``llc_{obs}_observable`` where ``llc_{obs}`` is one of the above
+          ``llc_{obs}_observable`` where ``llc_{obs}`` is the name of another variable
+        - ``llc_{obs}_mcse``: its standard error, of the chains' noise alone, for every draw sees the
+          sequences of the checkpoint. NaN for fewer than four draws
         - ``n_beta``
 
     Raises
@@ -125,8 +127,9 @@ def compute_llc(
     variables["n_beta"] = xr.Variable(
         (), opened.n_beta, {"long_name": "inverse temperature nβ", "units": "1"}
     )
+    taken = {*variables, *(f"llc_{obs_id}_mcse" for obs_id in chosen)}
     for obs_id in chosen:
-        taken = f"llc_{obs_id}" in variables
+        name = f"llc_{obs_id}" + ("_observable" if f"llc_{obs_id}" in taken else "")
         known = f"init_loss_{obs_id}" in opened.dataset
         attrs = {
             "long_name": f"local learning coefficient on {obs_id}"
@@ -134,9 +137,10 @@ def compute_llc(
             "units": "1",
             "reference": "checkpoint" if known else "first draw",
         }
-        variables[f"llc_{obs_id}_observable" if taken else f"llc_{obs_id}"] = xr.Variable(
-            (), _of_observable(opened, obs_id, burn_in), attrs
-        )
+        found = _of_observable(opened, obs_id, burn_in)
+        variables[name] = xr.Variable((), found["llc"], attrs)
+        attrs = {"long_name": f"standard error of {name}", "units": "1"}
+        variables[f"{name}_mcse"] = xr.Variable((), found["mcse"], attrs)
     known_rows = row_numbers(opened.dataset, row)
     in_store = np.arange(skipped + longest) if known_rows is None else known_rows
     coords = {
@@ -299,13 +303,13 @@ def _rows_of_burn_in(samples: Samples, row: str, burn_in: int) -> int:
     return 0 if in_store is None else int(np.searchsorted(in_store, first))
 
 
-def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> da.Array:
+def _of_observable(samples: Samples, obs_id: str, burn_in: int) -> dict[str, da.Array]:
     skipped = _rows_of_burn_in(samples, dims.DRAW, burn_in)
     parts = samples.losses(f"loss_{obs_id}")
     at_init: Any = samples.dataset.variables.get(f"init_loss_{obs_id}")
     at_init = None if at_init is None else unread(at_init)
-    value = with_totals(_observable_llc, parts, at_init, samples.n_beta, skipped)
-    return da.from_delayed(value, (), "float64")
+    found = with_totals(_observable_llc, parts, at_init, samples.n_beta, skipped)
+    return arrays_in(found, {name: ((), np.float64) for name in ("llc", "mcse")})
 
 
 def _observable_llc(
@@ -314,11 +318,23 @@ def _observable_llc(
     at_init: np.ndarray | None,
     n_beta: float,
     skipped: int,
-) -> np.float64:
+) -> dict[str, np.float64]:
     traces, _ = mean_losses(totals, shapes)
     if at_init is None:
-        reference = np.mean([trace[0] for trace in traces])
+        first = np.array([trace[0] for trace in traces])
+        reference, of_reference = first.mean(), _squared_error(first)
     else:
-        reference = at_init.mean(dtype=np.float64)
-    kept = np.concatenate([trace[skipped:] for trace in traces])
-    return np.float64(n_beta * (kept.mean() - reference) if len(kept) else np.nan)
+        reference, of_reference = at_init.mean(dtype=np.float64), 0.0
+    kept = [trace[skipped:] for trace in traces]
+    rows = min(map(len, kept))
+    rise = np.concatenate(kept).mean() - reference if sum(map(len, kept)) else np.nan
+    error = error_of_chains(np.stack([trace[:rows] for trace in kept]))
+    return {
+        "llc": np.float64(n_beta * rise),
+        "mcse": np.float64(n_beta * np.sqrt(error**2 + of_reference)),
+    }
+
+
+def _squared_error(values: np.ndarray) -> float:
+    """Of their mean; NaN of a single one."""
+    return float(values.var(ddof=1) / len(values)) if len(values) > 1 else float("nan")

@@ -131,16 +131,28 @@ def _noise(values: np.ndarray, batches: Batches) -> tuple[float, float]:
 
     Noise of batches that chains do not share is their own.
     """
-    chains = len(values)
-    if chains == 1:
-        return judged("mcse", values), 0.0
-    mean = values.mean(axis=0)  # the way up from the checkpoint too, which is no noise
-    own = judged("mcse", values - mean) * np.sqrt(chains / (chains - 1))
-    if not batches.shared:
-        return float(own), 0.0
-    own_of_one_row = np.square(np.diff(values - mean)).mean() / 2 / (chains - 1)
+    own = error_of_chains(values)
+    if not batches.shared or len(values) == 1:
+        return own, 0.0
+    mean = values.mean(axis=0)
+    own_of_one_row = np.square(np.diff(values - mean)).mean() / 2 / (len(values) - 1)
     of_one_row = max(0.0, np.square(np.diff(mean)).mean() / 2 - own_of_one_row)
-    return float(own), of_one_row * batches.per_step
+    return own, of_one_row * batches.per_step
+
+
+def error_of_chains(values: np.ndarray) -> float:
+    """Standard error of the mean of (chain, row), as far as it is each chain's own noise.
+
+    That is all of it where every row is of the same sequences, as an observable's are. NaN where
+    there are fewer than four rows.
+    """
+    chains, rows = values.shape
+    if rows < FEWEST_ROWS:
+        return float("nan")
+    if chains == 1:
+        return judged("mcse", values)
+    mean = values.mean(axis=0)  # the way up from the checkpoint too, which is no noise
+    return judged("mcse", values - mean) * float(np.sqrt(chains / (chains - 1)))
 
 
 def _slope(values: np.ndarray, explained: np.ndarray) -> float:

@@ -165,6 +165,9 @@ def llc_figures(llc: xr.Dataset) -> dict[str, object]:
         "llc_drift_error": drift_error,
         "llc_per_chain": llc["llc_per_chain"].to_numpy().tolist(),
         "llc_observables": {name: float(value) for name, value in _on_observables(llc).items()},
+        "llc_observables_error": {
+            name: float(llc[f"{value.name}_mcse"]) for name, value in _on_observables(llc).items()
+        },
         "llc_observables_reference": {
             name: value.attrs["reference"] for name, value in _on_observables(llc).items()
         },
@@ -192,11 +195,15 @@ def observables_table(llc: xr.Dataset) -> Table | None:
 
 
 def observables_rows(llc: xr.Dataset) -> list[tuple[str, str, str]]:
-    """Give the name of each observable, its LLC, and what that is taken against."""
+    """Give the name of each observable, its LLC with the error, and what that is taken against."""
     return [
-        (name, f"{float(value):.2f}", value.attrs["reference"])
+        (name, _with_error(value, llc[f"{value.name}_mcse"]), value.attrs["reference"])
         for name, value in _on_observables(llc).items()
     ]
+
+
+def _with_error(value: xr.DataArray, error: xr.DataArray) -> str:
+    return f"{float(value):.2f} ± {error_text(float(error), 2)}"
 
 
 def observables_notes(llc: xr.Dataset) -> list[str]:

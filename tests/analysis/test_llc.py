@@ -17,7 +17,7 @@ import zarr
 import basinscope
 from basinscope.analysis.diagnostics import diagnose_trace
 from basinscope.analysis.plan import PlanError
-from basinscope.analysis.rise import Batches, error_of_rise
+from basinscope.analysis.rise import Batches, error_of_chains, error_of_rise
 from basinscope.io.store import SampleStore
 from tests.analysis.stores_random import random_tree
 from tests.conftest import token_rows
@@ -70,6 +70,7 @@ def test_every_variable_is_its_formula(store: Path) -> None:
         "llc_token": 12.0 * (losses.mean((0, 1, 2)) - init.mean(0)),
         "llc_running": 12.0 * (trace.cumsum(1) / np.arange(1, 26) - init.mean()),
         "llc_a": 12.0 * (observed.mean() - raw["init_loss_a"].to_numpy().mean(dtype=np.float64)),
+        "llc_a_mcse": 12.0 * error_of_chains(observed.mean((2, 3))),
         "llc_mcse": 12.0 * error,
         "rhat": judged["rhat"],
         "ess_bulk": judged["ess_bulk"],
@@ -127,6 +128,43 @@ def test_an_observable_named_like_a_variable_takes_nothing_away(store: Path) -> 
     whole = basinscope.compute_llc(store)
     np.testing.assert_allclose(got["llc_mean"], whole["llc_mean"])
     np.testing.assert_allclose(got["llc_mean_observable"], whole["llc_a"])
+
+
+def test_the_error_of_an_observable_is_that_of_its_draws(store: Path) -> None:
+    """Whatever the noise of the sampling batches is, every draw sees the observable's sequences."""
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    traces = raw["loss_a"].mean(["batch_a", "token_pos"], dtype=np.float64).to_numpy()
+    got = basinscope.compute_llc(raw)
+    assert got["llc_a"].attrs["reference"] == "checkpoint"
+    np.testing.assert_allclose(got["llc_a_mcse"], 12.0 * error_of_chains(traces), rtol=1e-6)
+    late = basinscope.compute_llc(raw, burn_in=8)  # draw 3 is step 8
+    np.testing.assert_allclose(late["llc_a_mcse"], 12.0 * error_of_chains(traces[:, 3:]), rtol=1e-6)
+
+    raw.dataset = raw.dataset.drop_vars("init_loss_a")
+    first = traces[:, 0].std(ddof=1) / np.sqrt(3)
+    of_both = np.hypot(error_of_chains(traces), first)
+    np.testing.assert_allclose(basinscope.compute_llc(raw)["llc_a_mcse"], 12.0 * of_both, rtol=1e-6)
+    tree = basinscope.open_store(store)
+    tree.dataset = tree.dataset.drop_vars("init_loss_a").isel(chain=[0])
+    alone = basinscope.compute_llc(tree)["llc_a_mcse"]
+    assert np.isnan(alone), "one chain's first draw has no spread"
+    assert np.isnan(basinscope.compute_llc(store, burn_in=22)["llc_a_mcse"]), "three draws are left"
+    assert np.isnan(basinscope.compute_llc(store, burn_in=25 - 1)["llc_a_mcse"])
+
+
+def test_observables_named_like_errors_keep_their_own(store: Path) -> None:
+    raw = xr.open_datatree(store, engine="zarr", consolidated=False)
+    twice = raw["loss_a"] * 2
+    raw.dataset = raw.dataset.assign(
+        loss_a_mcse=twice.rename({"batch_a": "batch_a_mcse"}),
+        init_loss_a_mcse=raw["init_loss_a"].rename({"batch_a": "batch_a_mcse"}) * 2,
+        input_ids_a_mcse=raw["input_ids_a"].rename({"batch_a": "batch_a_mcse"}),
+    )
+    got, whole = basinscope.compute_llc(raw), basinscope.compute_llc(store)
+    for suffix in ("", "_mcse"):
+        np.testing.assert_allclose(got[f"llc_a{suffix}"], whole[f"llc_a{suffix}"])
+        doubled = got[f"llc_a_mcse_observable{suffix}"]
+        np.testing.assert_allclose(doubled, 2 * whole[f"llc_a{suffix}"], rtol=1e-5)
 
 
 def test_an_unknown_observable_is_named_with_those_there_are(store: Path) -> None:

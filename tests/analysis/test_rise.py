@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from basinscope.analysis.diagnostics import diagnose_trace
-from basinscope.analysis.rise import Batches, error_of_rise
+from basinscope.analysis.rise import Batches, error_of_chains, error_of_rise
 
 RUNS = 200  # give their spread to 5%; an error may be off by a fifth, four times that
 
@@ -57,6 +57,28 @@ def test_without_batches_losses_they_differ_as_much_at_the_checkpoint(
     sizes: dict[str, Any],
 ) -> None:
     assert 0.8 < error_over_spread((0.5, 1.0, 0.0), known=False, **sizes) < 1.25
+
+
+@pytest.mark.parametrize("chains", [1, 2, 4])
+@pytest.mark.parametrize("memory", [0.0, 0.8])
+def test_chains_own_noise_is_that_of_repeated_runs(chains: int, memory: float) -> None:
+    """Noise with a memory, and for several chains a way up that all of them take."""
+    rng = np.random.default_rng(5)
+    rows, means, errors = 200, [], []
+    way_up = 5 * (1 - np.exp(-np.arange(rows) / 30)) * (chains > 1)
+    for _ in range(RUNS):
+        noise = rng.standard_normal((chains, rows + 50))
+        for row in range(1, rows + 50):
+            noise[:, row] += memory * noise[:, row - 1]
+        values = way_up + noise[:, 50:]
+        means.append(values.mean())
+        errors.append(error_of_chains(values))
+    ratio = np.sqrt(np.mean(np.square(errors))) / np.std(means)
+    assert 0.8 < ratio < 1.25
+
+
+def test_too_few_rows_have_no_error() -> None:
+    assert np.isnan(error_of_chains(np.ones((2, 3))))
 
 
 def error_over_spread(

@@ -76,7 +76,8 @@ def test_a_page_about_samples_has_the_llc_on_observables(tmp_path: Path) -> None
     tree = random_tree(1, observables={"mean": 3}, init_losses=True)
     page = samples_page(tree, tmp_path / "a.html", "s", burn_in=3).read_text()
     llc = compute_llc(tree, burn_in=3).compute()
-    value = f"{float(llc['llc_mean_observable']):.2f}"
+    error = float(llc["llc_mean_observable_mcse"])
+    value = f"{float(llc['llc_mean_observable']):.2f} ± {error:.2f}"
     assert f"<td>mean_observable</td><td>checkpoint</td><td>{value}</td>" in page
     assert escape(OBSERVABLES) in page
     assert f"{float(llc['llc_mean']):.3f} ± {float(llc['llc_mcse']):.3f}" in page

@@ -94,8 +94,12 @@ def test_an_llc_on_an_observable_says_what_it_is_taken_against() -> None:
     assert against_first_draw(llc) == ["[pile]"]
     lines = [line.split("│") for line in shown(observables_table(llc)).splitlines()[3:]]
     assert [[cell.strip() for cell in line] for line in lines] == [
-        [name, f"{float(llc[variable]):.2f}", references[name]] for name, variable in names.items()
+        [name, f"{float(llc[v]):.2f} ± {float(llc[f'{v}_mcse']):.2f}", references[name]]
+        for name, v in names.items()
     ]
+    errors = {name: float(llc[f"{v}_mcse"]) for name, v in names.items()}
+    assert figures["llc_observables_error"] == errors
+    assert min(errors.values()) > 0
     assert observables_notes(llc) == [OBSERVABLES, FIRST_DRAW_CAVEAT]
 
 
