@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from basinscope.analysis.attribution import AttributionStore
     from basinscope.analysis.bif import compute_bif
     from basinscope.analysis.llc import compute_llc
+    from basinscope.analysis.reliability import bif_reliability
     from basinscope.analysis.susceptibilities import compute_susceptibilities
     from basinscope.api import bif, llc, plan, susceptibilities
     from basinscope.attribution.harvest import harvest_attributions
@@ -43,6 +44,7 @@ _HOME = {
     "plan": "basinscope.api",
     "compute_llc": "basinscope.analysis.llc",
     "compute_bif": "basinscope.analysis.bif",
+    "bif_reliability": "basinscope.analysis.reliability",
     "compute_susceptibilities": "basinscope.analysis.susceptibilities",
     "create_param_masks": "basinscope.models.restrictions",
     "all_heads": "basinscope.models.restrictions",
@@ -81,6 +83,7 @@ __all__ = [
     "all_heads",
     "all_layers",
     "bif",
+    "bif_reliability",
     "check_model",
     "compute_bif",
     "compute_llc",

@@ -13,6 +13,7 @@ import xarray as xr
 from basinscope.analysis.bif import BifOptions, compute_bif, plan_bif
 from basinscope.analysis.llc import compute_llc, plan_of_llc
 from basinscope.analysis.plan import Plan
+from basinscope.analysis.reliability import plan_bif_reliability
 from basinscope.analysis.susceptibilities import (
     FULL,
     compute_susceptibilities,
@@ -238,16 +239,19 @@ def susceptibilities(
 
 
 def plan(
-    estimator: Literal["llc", "bif", "susceptibilities"], samples: Any, *args: Any, **options: Any
+    estimator: Literal["llc", "bif", "bif_reliability", "susceptibilities"],
+    samples: Any,
+    *args: Any,
+    **options: Any,
 ) -> Plan:
     """Say what an analysis would read, hold, compute and write; reads metadata only.
 
     Parameters
     ----------
-    estimator : {"llc", "bif", "susceptibilities"}
+    estimator : {"llc", "bif", "bif_reliability", "susceptibilities"}
     samples, *args, **options
-        As :func:`basinscope.compute_llc`, :func:`basinscope.compute_bif` or
-        :func:`basinscope.compute_susceptibilities` take them.
+        As :func:`basinscope.compute_llc`, :func:`basinscope.compute_bif`,
+        :func:`basinscope.bif_reliability` or :func:`basinscope.compute_susceptibilities` take them.
 
     Returns
     -------
@@ -262,6 +266,7 @@ def plan(
     planners: dict[str, Callable[..., Plan]] = {
         "llc": plan_of_llc,
         "bif": plan_bif,
+        "bif_reliability": plan_bif_reliability,
         "susceptibilities": plan_of_susceptibilities,
     }
     if estimator not in planners:

@@ -130,6 +130,7 @@ def sample(
 app.command()(cli_check.check)
 app.command()(cli_analysis.llc)
 app.command()(cli_analysis.bif)
+app.command()(cli_analysis.reliability)
 app.command()(cli_analysis.susceptibilities)
 app.command()(cli_extract.extract)
 app.command()(cli_lens.lens)

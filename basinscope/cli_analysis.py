@@ -1,4 +1,4 @@
-"""Commands that analyse stores: ``basinscope llc | bif | susceptibilities``."""
+"""Commands that analyse stores: ``basinscope llc | bif | reliability | susceptibilities``."""
 
 from __future__ import annotations
 
@@ -239,6 +239,53 @@ def bif(
             out.print(tables.partner_table(result, 8, 3, words))
             note = f"Sequences: {tables.numbering(result)}. Positions count from 1."
             out.print(note, highlight=False, markup=False)
+
+
+def reliability(
+    store: Annotated[Path, typer.Argument(help="A sampling store (a .zarr directory).")],
+    method: Annotated[str, typer.Option(help="token or sequence.")] = "token",
+    observable: Annotated[
+        list[str] | None, typer.Option(help="Only this one; may be given again. Default: all.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help=f"Sequences: {GRAMMAR}.")] = "all",
+    average: Annotated[bool, typer.Option("--average", help="Average over both tokens.")] = False,
+    covariance: Annotated[
+        bool, typer.Option("--covariance", help="Covariance instead of correlation.")
+    ] = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    allow_incomplete: Incomplete = False,
+    memory_limit: MemoryLimit = None,
+    threads: Threads = None,
+    scheduler: Scheduler = None,
+    profile: Profile = None,
+) -> None:
+    """Say how well influences would come out again, from how well chains agree about them."""
+    with readable_errors(), short_warnings(), _running_on(threads, scheduler):
+        from basinscope.analysis.reliability import bif_reliability, plan_bif_reliability
+        from basinscope.report import tables
+
+        require_one_of("--method", method, ("token", "sequence"))
+        refuse_other_kinds(store)
+        options: dict[str, Any] = {
+            "correlation_method": method,
+            "loss_keys": observable or "all",
+            "batch_index_range": parse_numbers("--rows", rows),
+            "average_tokenwise_bif": average,
+            "compute_covariance": covariance,
+            "allow_incomplete": allow_incomplete,
+            "memory_limit": memory_limit,
+        }
+        plan = partial(plan_bif_reliability, store, **options)
+        if dry_run:
+            _show_plans({str(store): plan()}, as_json, memory_limit)
+            return
+        found = _computed(lambda: bif_reliability(store, **options).compute(), plan, profile)
+        if as_json:
+            print_json({name: found[name].to_numpy().tolist() for name in found.data_vars})
+        else:
+            out.print(tables.agreement_table(found))
+            out.print(tables.reliability_note(found), highlight=False)
 
 
 def susceptibilities(

@@ -213,11 +213,12 @@ def test_plans_of_all_estimators_are_made_by_one_call(problem: Any, tmp_path: Pa
     tree = basinscope.sample(*problem, **SETTINGS, output_path=path, progress=False)
     losses = sum(tree[name].nbytes for name in ("loss_b", "loss_the_task"))
     assert basinscope.plan("bif", path).bytes_to_read == losses
+    assert basinscope.plan("bif_reliability", path).bytes_to_read == losses
     micro = tree["sampling_loss_micro"].nbytes
     assert basinscope.plan("llc", tree).bytes_to_read == losses + micro
     pair = {"full": path, "l0": tree}
     assert basinscope.plan("susceptibilities", pair, "b").bytes_to_read == 2 * losses
-    with pytest.raises(ValueError, match="choose one of llc, bif, susceptibilities"):
+    with pytest.raises(ValueError, match="choose one of llc, bif, bif_reliability, susc"):
         basinscope.plan("rlct", path)  # type: ignore[arg-type]
 
 

@@ -428,6 +428,24 @@ def test_susceptibilities_from_the_shell(folder: Path) -> None:
     assert "cannot be told from the names" in refused.output.replace("\n", " ")
 
 
+def test_reliability_says_what_other_chains_would_say(folder: Path) -> None:
+    store = folder / "runs" / "samples.zarr"
+    assert invoke("sample", write_plan(folder)).exit_code == 0
+    found = basinscope.bif_reliability(store, correlation_method="sequence").compute()
+    figures = json.loads(invoke("reliability", store, "--method", "sequence", "--json").stdout)
+    assert figures["reliability"] == float(found["reliability"])
+    assert figures["agreement"] == found["agreement"].values.tolist()
+    shown = invoke("reliability", store, "--method", "sequence").output
+    assert f"Reliability {figures['reliability']:.2f}: influences between" in shown
+    assert f"{figures['agreement'][0][1]:.3f}" in shown
+    planned = json.loads(
+        invoke("reliability", store, "--rows", "0:4", "--dry-run", "--json").stdout
+    )
+    plan = basinscope.plan("bif_reliability", store, batch_index_range=range(4))
+    assert planned[str(store)]["flops"] == plan.flops > 0
+    assert "give two or more" in flat(invoke("reliability", store, "--rows", "2"))
+
+
 def test_a_dry_run_says_what_would_be_read_and_does_nothing(folder: Path) -> None:
     store = folder / "runs" / "samples.zarr"
     assert invoke("sample", write_plan(folder)).exit_code == 0

@@ -131,7 +131,7 @@ def compute_bif(
     )  # fmt: skip
     limit = parse_memory_limit(memory_limit)
     opened = open_samples(samples, allow_incomplete)
-    problem = _Problem(opened, options)
+    problem = Problem(opened, options)
     if options.kind == "token" and batch_size is None and output_path is not None:
         begun = begun_chunks(output_path, "influences")
         batch_size = max(begun[:2]) if begun else None
@@ -164,7 +164,7 @@ def plan_bif(
 ) -> Plan:
     """Plan :func:`compute_bif` with the same arguments; reads metadata only."""
     asked = BifOptions(**{name: v for name, v in options.items() if name != "output_path"})
-    problem = _Problem(open_samples(samples, allow_incomplete), asked)
+    problem = Problem(open_samples(samples, allow_incomplete), asked)
     return plan_influence(problem.size, parse_memory_limit(memory_limit), asked.batch_size)[0]
 
 
@@ -235,7 +235,7 @@ class BifOptions:
         return fields
 
 
-class _Problem:
+class Problem:
     """An influence problem on one store: which traces, and how many."""
 
     def __init__(self, samples: Samples, options: BifOptions) -> None:
@@ -263,10 +263,10 @@ class _Problem:
         )  # fmt: skip
 
 
-def _between_tokens(problem: _Problem, blocks: Blocks) -> Contents:
+def _between_tokens(problem: Problem, blocks: Blocks) -> Contents:
     options, tokens = problem.options, problem.traces.tokens
-    cuts_1 = _cuts(len(problem.rows_1), blocks.output)
-    cuts_2 = _cuts(len(problem.rows_2), blocks.output)
+    cuts_1 = cuts(len(problem.rows_1), blocks.output)
+    cuts_2 = cuts(len(problem.rows_2), blocks.output)
     if blocks.held:
         held_1 = _held_traces(problem, problem.rows_1, blocks.traces)
         held_2 = (
@@ -294,11 +294,11 @@ def _between_tokens(problem: _Problem, blocks: Blocks) -> Contents:
     return _labelled(problem, without_copy(influences), positions)
 
 
-def _held_traces(problem: _Problem, rows: np.ndarray, block: int) -> list[tuple[slice, Delayed]]:
+def _held_traces(problem: Problem, rows: np.ndarray, block: int) -> list[tuple[slice, Delayed]]:
     covariance = problem.options.compute_covariance
     return [
         (at, delayed(_standardised)(covariance, *problem.traces.block(rows[at])))
-        for at in _cuts(len(rows), block)
+        for at in cuts(len(rows), block)
     ]
 
 
@@ -359,7 +359,7 @@ def multiply_traces(
     return result.reshape(first, tokens, second, tokens).transpose(0, 2, 1, 3)
 
 
-def _averaged(problem: _Problem, blocks: Blocks) -> Contents:
+def _averaged(problem: Problem, blocks: Blocks) -> Contents:
     """Average over token pairs: the mean of z_s . z_t is (mean of z_s) . (mean of z_t)."""
     return _between_rows(problem, blocks, _token_means, clip=False)
 
@@ -368,7 +368,7 @@ def _token_means(covariance: bool, *block: Any) -> np.ndarray:
     return gather_token_means(*block, covariance=covariance)
 
 
-def _between_sequences(problem: _Problem, blocks: Blocks) -> Contents:
+def _between_sequences(problem: Problem, blocks: Blocks) -> Contents:
     correlation = not problem.options.compute_covariance
     return _between_rows(problem, blocks, _sequence_traces, clip=correlation)
 
@@ -378,7 +378,7 @@ def _sequence_traces(covariance: bool, *block: Any) -> np.ndarray:
 
 
 def _between_rows(
-    problem: _Problem, blocks: Blocks, reduce: Callable[..., np.ndarray], clip: bool
+    problem: Problem, blocks: Blocks, reduce: Callable[..., np.ndarray], clip: bool
 ) -> Contents:
     """Multiply one trace for each sequence with one for each sequence, in float64."""
     covariance = problem.options.compute_covariance
@@ -386,13 +386,13 @@ def _between_rows(
     def traces_of(rows: np.ndarray) -> list[Delayed]:
         return [
             delayed(reduce)(covariance, *problem.traces.block(rows[at]))
-            for at in _cuts(len(rows), blocks.output)
+            for at in cuts(len(rows), blocks.output)
         ]
 
     left = traces_of(problem.rows_1)
     right = None if problem.size.same else traces_of(problem.rows_2)
     width = len(problem.rows_2)
-    panels = _cuts(len(problem.rows_1), max(1, ROW_BLOCK_BYTES // (4 * width)))
+    panels = cuts(len(problem.rows_1), max(1, ROW_BLOCK_BYTES // (4 * width)))
     products = [
         da.from_delayed(
             delayed(_row_products)(left, right, at, clip), (at.stop - at.start, width), np.float32
@@ -413,13 +413,21 @@ def _row_products(
     return np.clip(products, -1, 1, out=products) if clip else products
 
 
-def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
+TRACES: dict[str, Callable[..., np.ndarray]] = {
+    "token": _standardised,
+    "average": _token_means,
+    "sequence": _sequence_traces,
+}
+"""(covariance, block of traces) -> standardised traces (sequences, [token_pos,] samples)"""
+
+
+def _strongest_partners(problem: Problem, blocks: Blocks) -> Contents:
     """Search block after block of candidates, for as many queries at a time as can be held."""
     options, (sequences, tokens) = problem.options, problem.queries
     assert options.top_k is not None
     k = options.top_k
     found: list[Any] = []  # of Delayed
-    for at in _cuts(len(sequences), blocks.queries):
+    for at in cuts(len(sequences), blocks.queries):
         asked = _queries(problem, sequences[at], tokens[at], blocks.output, found[-1:])
         parts = [
             delayed(best_partners)(
@@ -427,7 +435,7 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
                 options.compute_covariance, options.device,
                 *problem.traces.block(problem.rows_2[block]),
             )
-            for block in _cuts(len(problem.rows_2), blocks.output)
+            for block in cuts(len(problem.rows_2), blocks.output)
         ]  # fmt: skip
         while len(parts) > MERGED_AT_ONCE:
             parts = [
@@ -436,7 +444,7 @@ def _strongest_partners(problem: _Problem, blocks: Blocks) -> Contents:
             ]
         merged = delayed(merge_partners)(parts, k, padded=True)
         found.append(delayed(_at_positions)(merged, problem.positions))
-    sizes = [at.stop - at.start for at in _cuts(len(sequences), blocks.queries)]
+    sizes = [at.stop - at.start for at in cuts(len(sequences), blocks.queries)]
     fields = [
         da.concatenate(
             [
@@ -471,12 +479,12 @@ def _at_positions(partners: Partners, positions: np.ndarray) -> Partners:
 
 
 def _queries(
-    problem: _Problem, sequences: np.ndarray, tokens: np.ndarray, block: int, after: list[Delayed]
+    problem: Problem, sequences: np.ndarray, tokens: np.ndarray, block: int, after: list[Delayed]
 ) -> Delayed:
     """Gather the traces of queries, reading each sequence once; wait for what is before."""
     wanted = np.unique(sequences)
     parts, order = [], []
-    for at in _cuts(len(wanted), block):
+    for at in cuts(len(wanted), block):
         rows = wanted[at]
         mine = np.flatnonzero(np.isin(sequences, rows))
         places = np.searchsorted(rows, sequences[mine]), tokens[mine]
@@ -496,7 +504,7 @@ def _in_order(parts: list[np.ndarray], order: list[np.ndarray], _: list[Partners
     return placed
 
 
-_COMPUTE: dict[str, Callable[[_Problem, Blocks], Contents]] = {
+_COMPUTE: dict[str, Callable[[Problem, Blocks], Contents]] = {
     "token": _between_tokens,
     "average": _averaged,
     "sequence": _between_sequences,
@@ -505,7 +513,7 @@ _COMPUTE: dict[str, Callable[[_Problem, Blocks], Contents]] = {
 
 
 def _labelled(
-    problem: _Problem, influences: da.Array, positions: dict[str, np.ndarray] | None = None
+    problem: Problem, influences: da.Array, positions: dict[str, np.ndarray] | None = None
 ) -> Contents:
     coords = {"batch_1": problem.rows_1, "batch_2": problem.rows_2, **(positions or {})}
     influence = xr.Variable(tuple(coords), influences, _influence_attrs(problem.options))
@@ -518,7 +526,7 @@ def _influence_attrs(options: BifOptions) -> dict[str, str]:
     return {"long_name": "correlation of losses over the draws", "units": "1"}
 
 
-def _input_ids(problem: _Problem) -> xr.Variable:
+def _input_ids(problem: Problem) -> xr.Variable:
     dataset = problem.samples.dataset
     variables = [dataset.variables[f"input_ids_{key}"] for key in problem.keys]
     known, wanted = numbers_along(dataset, str(variables[0].dims[1])), problem.positions
@@ -588,5 +596,5 @@ def _is_all(wanted: Any) -> bool:
     return isinstance(wanted, str) and wanted == "all"
 
 
-def _cuts(length: int, block: int) -> list[slice]:
+def cuts(length: int, block: int) -> list[slice]:
     return [slice(i, min(i + block, length)) for i in range(0, length, block)]

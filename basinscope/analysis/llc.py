@@ -83,7 +83,7 @@ def compute_llc(
           which has risen already: attribute ``reference`` says "checkpoint" or "first draw". NaN
           where ``burn_in`` leaves no draw. Named
           ``llc_{obs}_observable`` where ``llc_{obs}`` is the name of another variable
-        - ``llc_{obs}_mcse``: its standard error, of the chains' noise alone, for every draw sees the
+        - ``llc_{obs}_mcse``: its standard error, of the chains' noise alone, as every draw sees the
           sequences of the checkpoint. NaN for fewer than four draws
         - ``n_beta``
 

@@ -250,6 +250,36 @@ def plan_table(name: str, plan: Plan) -> Table:
     return table
 
 
+def agreement_table(found: xr.Dataset) -> Table:
+    """Show how far single chains agree about influences.
+
+    Parameters
+    ----------
+    found : xr.Dataset
+        Of :func:`basinscope.bif_reliability`, computed.
+    """
+    table = Table(title="Agreement of chains", title_justify="left", show_edge=False)
+    table.add_column("chain")
+    for chain in found["chain"].values:
+        table.add_column(str(chain), justify="right")
+    for chain, row in zip(found["chain"].values, found["agreement"].values, strict=True):
+        table.add_row(str(chain), *(f"{value:.3f}" for value in row))
+    return table
+
+
+def reliability_note(found: xr.Dataset) -> str:
+    """Say in a sentence what a reliability is; parameters as :func:`agreement_table`."""
+    alpha, chains = float(found["reliability"]), found.sizes["chain"]
+    if np.isnan(alpha):
+        few = "two chains do not tell it, three or more do" if chains < 3 else "losses are constant"
+        return f"Reliability: {few}."
+    twice = f", and twice as many have {2 * alpha / (1 + alpha):.2f}" if alpha > 0 else ""
+    return (
+        f"Reliability {alpha:.2f}: influences between different sequences from {chains} other "
+        f"chains would correlate with these by about that{twice}."
+    )
+
+
 def influence_pairs(bif: xr.Dataset, count: int) -> list[dict[str, Any]]:
     """Find the pairs of different sequences with the strongest influence on each other.
 

@@ -28,8 +28,9 @@ def test_the_error_of_a_trained_model_is_that_of_repeated_runs(
     found: dict[str, list[float]] = {name: [] for pair in names.items() for name in pair}
     for run_number in range(24):
         llc = basinscope.llc(
-            model, rows, {"seen": rows}, lr=1e-3, n_beta=100.0, localization=50.0, num_chains=4, num_draws=150,
-            batch_size=8, num_init_loss_batches=init_batches, init_seed=1000 * run_number,
+            model, rows, {"seen": rows}, lr=1e-3, n_beta=100.0, localization=50.0, num_chains=4,
+            num_draws=150, batch_size=8, num_init_loss_batches=init_batches,
+            init_seed=1000 * run_number,
             match_sampling_input_ids_across_chains=shared, device="cpu", progress=False,
             output_path=tmp_path / f"{run_number}.zarr",
         )  # fmt: skip
