@@ -14,6 +14,7 @@ three processes of each, in turn.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from functools import partial
 from pathlib import Path
@@ -51,7 +53,7 @@ RUNS = {
 INIT_BATCHES_PER_DRAW = 32 / 200
 
 
-def main() -> None:
+def main() -> int:
     options = parser(__doc__, "sampling.jsonl")
     options.add_argument("--sizes", nargs="+", choices=SIZES, help="default: as above")
     options.add_argument("--device", choices=USUAL, default="cpu")
@@ -63,25 +65,37 @@ def main() -> None:
         who, size, metrics = asked.one
         run(who, size, metrics == "metrics")
         print(own_peak_memory())
-        return
+        return 0
     extra = {"cuda_graph": True} if asked.graph else {}
+    failed = 0
     for size in ["toy"] if asked.toy else asked.sizes or USUAL[asked.device]:
         for metrics in (False, True):
-            figures = paired(
-                partial(run, "basinscope", size, metrics, asked.device, **extra),
-                partial(run, "devinterp", size, metrics, asked.device),
-                asked.rounds,
-            )
-            figures["floor_s"] = round(min(floor_seconds(size, asked.device) for _ in range(2)), 4)
-            figures["floor_share"] = round(figures["floor_s"] / figures["ours_s"], 3)
-            if not asked.no_memory and asked.device == "cpu":
-                figures |= peaks(size, metrics, processes=1 if asked.toy else 3)
-            chains, draws = RUNS[size]
-            settings = {"size": size, "metrics": metrics, "chains": chains, "draws": draws}
-            settings["threads"] = torch.get_num_threads()
-            if asked.device == "cuda":
-                settings |= {"device": torch.cuda.get_device_name(), **extra}
-            record(asked.out, "sampling", settings, figures)
+            try:
+                compare(asked, size, metrics, extra)
+            except Exception:  # the other sizes are worth their time all the same
+                failed += 1
+                print(f"sampling {size}: failed", flush=True)
+                traceback.print_exc()
+    return failed
+
+
+def compare(asked: argparse.Namespace, size: str, metrics: bool, extra: dict[str, Any]) -> None:
+    """Time whole calls of one size, and record the result."""
+    figures = paired(
+        partial(run, "basinscope", size, metrics, asked.device, **extra),
+        partial(run, "devinterp", size, metrics, asked.device),
+        asked.rounds,
+    )
+    figures["floor_s"] = round(min(floor_seconds(size, asked.device) for _ in range(2)), 4)
+    figures["floor_share"] = round(figures["floor_s"] / figures["ours_s"], 3)
+    if not asked.no_memory and asked.device == "cpu":
+        figures |= peaks(size, metrics, processes=1 if asked.toy else 3)
+    chains, draws = RUNS[size]
+    settings = {"size": size, "metrics": metrics, "chains": chains, "draws": draws}
+    settings["threads"] = torch.get_num_threads()
+    if asked.device == "cuda":
+        settings |= {"device": torch.cuda.get_device_name(), **extra}
+    record(asked.out, "sampling", settings, figures)
 
 
 _ONE = "make one call and print this process's peak memory (used by the memory measurement)"

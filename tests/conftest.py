@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+# Before anything imports triton or torch: without -m gpu, kernels are interpreted, on the CPU
+if "gpu" in sys.argv or "-mgpu" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "0")
+if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np

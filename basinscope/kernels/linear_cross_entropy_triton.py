@@ -19,6 +19,7 @@ from basinscope.kernels.linear_cross_entropy import Gradients, Head, Kept
 TOKENS, WORDS, WIDTH = 128, 256, 64  # of a tile, and of one step of its product
 FEWER_WORDS = 128  # with a bias or a soft cap, for which a wide tile has too few registers
 SLOPE_BYTES = 2**28  # of the buffer of slopes
+SLOPE_ROW = 64  # rows of slopes start at multiples of so many, for products of any other are slow
 # tanh(x) = x + x^3 TANH(x^2) for |x| <= 0.6, own Chebyshev fit, lowest power first
 TANH = tl.constexpr((-0.3333333, 0.13332924, -0.05387514, 0.02111622, -0.00627639))
 _PROGRAMS = 1024  # enough to fill a GPU evenly
@@ -73,16 +74,17 @@ class FusedKernels:
         unit = upstream.abs().amax()
         relative = torch.where(unit > 0, upstream / unit, upstream)
         stretch = max(tile, SLOPE_BYTES // (2 * tokens) // tile * tile)
-        buffer = rows.new_empty(tokens * min(stretch, vocabulary))
+        pitch = triton.cdiv(min(stretch, vocabulary), SLOPE_ROW) * SLOPE_ROW
+        buffer = rows.new_empty((tokens, pitch))
         for start in range(0, vocabulary, stretch):
             part = slice(start, min(start + stretch, vocabulary))
             words = part.stop - start
-            slopes = buffer[: tokens * words].view(tokens, words)
+            slopes = buffer[:, :words]
             grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(words, tile))
             with torch.cuda.device_of(rows):
                 head_slope_kernel[grid](
                     *_operands(rows, weight, head),
-                    targets, kept.level, relative, slopes, start, words,
+                    targets, kept.level, relative, slopes, start, words, pitch,
                     **_features(rows, head), **launch,
                 )  # fmt: skip
             if of_hidden is not None:
@@ -167,11 +169,11 @@ def head_loss_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def head_slope_kernel(  # type: ignore[no-untyped-def]
     hidden, weight, bias, tokens, vocabulary, width, hidden_stride, weight_stride, scale, softcap,
-    targets, level, upstream, slopes, start, count,
+    targets, level, upstream, slopes, start, count, pitch,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
     TOKENS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of h W^T + b in words ``start`` to ``start + count - 1``, (tokens, count)."""
+    """The gradient of h W^T + b in words ``start`` to ``start + count - 1``, (tokens, pitch)."""
     rows = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     columns = tl.program_id(1).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     words = start + columns
@@ -190,7 +192,7 @@ def head_slope_kernel(  # type: ignore[no-untyped-def]
     if SOFTCAP:
         bent = logits / softcap
         slope = slope * (1.0 - bent * bent)
-    out = slopes + rows[:, None] * count + columns[None, :]
+    out = slopes + rows[:, None] * pitch + columns[None, :]
     mask = inside[:, None] & (columns < count)[None, :]
     tl.store(out, slope.to(slopes.dtype.element_ty), mask=mask)
 

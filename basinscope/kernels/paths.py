@@ -18,7 +18,7 @@ def resolve(path: str, device_type: str) -> str:
     Parameters
     ----------
     path
-        "auto", or one of "triton" (GPU; also CPU tensors under Triton's interpreter), "cpu"
+        "auto", or one of "triton" (GPU; under Triton's interpreter CPU tensors instead), "cpu"
         (compiled by numba) and "reference" (plain torch operations, any device).
     device_type
         The ``type`` of the tensors' ``torch.device``.
@@ -27,7 +27,8 @@ def resolve(path: str, device_type: str) -> str:
     -------
     str
         "triton", "cpu" or "reference". "auto" takes the fast path of the device where its
-        compiler is installed, and otherwise "reference", which it says once in the log.
+        compiler is installed and compiles, and otherwise "reference", which it says once in the
+        log.
 
     Raises
     ------
@@ -43,7 +44,12 @@ def resolve(path: str, device_type: str) -> str:
     if path == "reference":
         return path
     home, compiler = _NEEDS[path]
-    if device_type != home and not (path == "triton" and _interpreted(device_type)):
+    if path == "triton" and _interpreted() and device_type == home:
+        raise ValueError(
+            f"path='triton' is interpreted here, on CPU tensors, and these are on {device_type!r}; "
+            "unset TRITON_INTERPRET before triton is imported, or use path='auto' or 'reference'"
+        )
+    if device_type != home and not (path == "triton" and device_type == "cpu" and _interpreted()):
         raise ValueError(
             f"path={path!r} works on {home} tensors, these are on {device_type!r}; "
             f"use path='auto' or 'reference'{_HINTS[path]}"
@@ -66,14 +72,17 @@ _HINTS = {
 def _automatic(device_type: str) -> str:
     for path, (home, compiler) in _NEEDS.items():
         if device_type == home:
+            if path == "triton" and _interpreted():  # which reads addresses as those of the host
+                say_once(f"triton is interpreted: kernels on {device_type} run as plain torch")
+                return "reference"
             if _installed(compiler):
                 return path
-            _say_once(f"{compiler} is not installed: kernels on {device_type} run as plain torch")
+            say_once(f"{compiler} is not installed: kernels on {device_type} run as plain torch")
     return "reference"
 
 
-def _interpreted(device_type: str) -> bool:
-    return device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
@@ -82,5 +91,6 @@ def _installed(module: str) -> bool:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Log what a user may wonder about, the first time that it happens."""
     _log.info(message)

@@ -107,7 +107,8 @@ class SgldUpdate:
     metrics
         Whether `step` returns the nine diagnostics.
     path
-        "auto", "triton", "cpu" or "reference", see `basinscope.kernels.paths.resolve`.
+        "auto", "triton", "cpu" or "reference", see `basinscope.kernels.paths.resolve`. "auto" takes
+        "reference" for float64 parameters on a GPU.
 
     Attributes
     ----------
@@ -158,7 +159,7 @@ class SgldUpdate:
             kept_anchors = None
         kept_masks = _checked_masks(masks, self.params)
         streams = _checked_streams(param_indices, len(self.params))
-        self.path = paths.resolve(path, self.params[0].device.type)
+        self.path = _path_for(path, self.params)
         self.square_avgs = None if alpha is None else [_zeros_for(p) for p in self.params]
         self._factors = Factors(
             gradient=-lr / 2 * n_beta,
@@ -355,6 +356,14 @@ def _zeros_for(param: Tensor) -> Tensor:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _path_for(path: str, params: list[Tensor]) -> str:
+    found = paths.resolve(path, params[0].device.type)
+    if path == "auto" and found == "triton" and any(p.dtype == torch.float64 for p in params):
+        paths.say_once("triton moves no float64 parameters: they take their steps in plain torch")
+        return "reference"
+    return found
 
 
 def _pass_for(path: str, group: Group, factors: Factors, metrics: bool) -> Pass:

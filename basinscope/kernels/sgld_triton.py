@@ -101,11 +101,14 @@ class TritonPass:
         return sums.sum(dim=0, dtype=torch.float64) if metrics else None
 
     def _renew_table(self, gradients: Sequence[Tensor | None]) -> None:
-        """Upload the table if an address changed; a copy from pageable memory is safe to reuse."""
+        """Upload the table if an address changed, which no one waits for."""
         table = np.stack([addresses(gradients), addresses(self._group.weights), *self._fixed])
         if not np.array_equal(table, self._host_table):
             self._host_table = table
-            self._table = torch.from_numpy(table).to(self._device)
+            on_host = torch.from_numpy(table)
+            if self._device.type == "cuda":  # a copy from pageable memory would wait for the GPU
+                on_host = on_host.pin_memory()
+            self._table = on_host.to(self._device, non_blocking=True)
 
 
 @triton.jit(do_not_specialize=["tensors", "programs", "key0", "key1", "step", "chain"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,8 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     if is_transformer_lens(model):
         output = model(input_ids, return_type="logits")
     elif is_hugging_face(model):
-        output = model(input_ids, use_cache=False, return_dict=True)
+        with _one_sequence_per_row():
+            output = model(input_ids, use_cache=False, return_dict=True)
         if not hasattr(output, "logits"):  # a base model, or a forward of one's own
             output = output[0]
     else:
@@ -49,6 +51,39 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
             "loss_fn(model, input_ids) -> (batch, token - 1)"
         )
     return logits
+
+
+@contextmanager
+def _one_sequence_per_row() -> Iterator[None]:
+    """Keep transformers from reading positions back, where they are those that all rows share.
+
+    It looks for rows in which several sequences are packed: in every forward pass it would wait for
+    a GPU, and a pass that a CUDA graph records would get a mask, and with it other kernels.
+    """
+    masking: Any = sys.modules.get("transformers.masking_utils")
+    look = getattr(masking, "find_packed_sequence_indices", None)
+    if look is not None and not hasattr(look, "looks_by"):
+        masking.find_packed_sequence_indices = _look_if_needed(look)
+    before = getattr(_thread, "rows_are_whole", False)
+    _thread.rows_are_whole = True
+    try:
+        yield
+    finally:
+        _thread.rows_are_whole = before
+
+
+_thread = threading.local()
+
+
+def _look_if_needed(look: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    def find(position_ids: Tensor) -> Tensor | None:
+        shared = position_ids.stride(0) == 0  # one row of them, expanded: no ids decide them
+        if shared and getattr(_thread, "rows_are_whole", False):
+            return None
+        return look(position_ids)
+
+    find.looks_by = look  # type: ignore[attr-defined]
+    return find
 
 
 def inside_bridge(model: nn.Module) -> nn.Module:

@@ -39,6 +39,9 @@ from basinscope.sampling.phases import PhaseClock, StepProfiler
 from basinscope.sampling.prefix import PrefixCache, prefix_cache
 from basinscope.sampling.replay import Replayed, own_stream
 
+_Rows = tuple[np.ndarray, Tensor]
+"""Rows of a job's pool, on the host and on the device."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -310,8 +313,9 @@ class ChainRunner:
         count = torch.tensor([first], device=self.job.device)  # the step, where a graph can read it
 
         def advance(step: int | Tensor) -> dict[str, Tensor]:
-            ids = self.pool[batches[step]].long().flatten(0, -2)
-            used = places[step] if self.prefix is not None else None
+            rows = batches[step]
+            ids = self.pool[rows].long().flatten(0, -2)
+            used = None if isinstance(step, Tensor) else (places[step], rows)
             return self._advance(ids, used, chain, step)
 
         def counted() -> dict[str, Tensor]:
@@ -349,10 +353,10 @@ class ChainRunner:
         self.watch.look(wait=True)
 
     def _advance(
-        self, input_ids: Tensor, places: np.ndarray | None, chain: int, step: int | Tensor
+        self, input_ids: Tensor, used: _Rows | None, chain: int, step: int | Tensor
     ) -> dict[str, Tensor]:
         """Take one step; give its ids (sequence, token), losses and metrics."""
-        made = {"input_ids": input_ids, "losses": self._gradient(input_ids, places)}
+        made = {"input_ids": input_ids, "losses": self._gradient(input_ids, used)}
         with self.clock("update"):
             metrics = self.update.step(
                 [p.grad for p in self.parameters],
@@ -365,7 +369,7 @@ class ChainRunner:
                     parameter.grad = None
         return made if metrics is None else {**made, "metrics": metrics}
 
-    def _gradient(self, input_ids: Tensor, places: np.ndarray | None) -> Tensor:
+    def _gradient(self, input_ids: Tensor, used: _Rows | None) -> Tensor:
         """Accumulate the gradient of one step; return its losses (micro, batch, token_pos)."""
         count = len(input_ids)
         size = even_size(count, self.job.sequences_per_gradient)
@@ -374,8 +378,9 @@ class ChainRunner:
             part = slice(start, start + size)
             with ExitStack() as at_entry:  # backward too: checkpointed layers run again there
                 with self.clock("forward"):
-                    if self.prefix is not None and places is not None:
-                        at_entry.enter_context(self.prefix.sampling(self.model, places[part]))
+                    if self.prefix is not None and used is not None:
+                        places, rows = used[0][part], used[1][part]
+                        at_entry.enter_context(self.prefix.sampling(self.model, places, rows))
                     loss = self.job.loss(self.model, input_ids[part]).float()
                 with self.clock("backward"):
                     (loss.mean() * (len(loss) / count)).backward()
@@ -604,4 +609,6 @@ def _unpack(packed: np.ndarray, tensors: list[Tensor]) -> None:
 
 def cuda_devices(device: torch.device) -> list[int]:
     """Give the GPU whose generator a run on ``device`` uses, for ``torch.random.fork_rng``."""
-    return [device.index or 0] if device.type == "cuda" else []
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]

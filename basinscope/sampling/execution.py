@@ -116,6 +116,11 @@ def check_execution(
             "cuda_graph=True replays one recording of the model's own loss: use it without "
             "train_mode, loss_fn and profile"
         )
+    if cuda_graph and (chains_at_once or 1) > 1:
+        raise ValueError(
+            "cuda_graph=True records steps, and a process can record one thing at a time: use "
+            f"workers={chains_at_once} in place of chains_at_once"
+        )
     trace = None if profile is None else local_path(profile, "a profile")
     if trace is not None:
         require_place(trace)

@@ -62,7 +62,10 @@ def record(
     """
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        # the writer's thread may wait for losses meanwhile, which must not end the recording
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
             results = work()
     except RuntimeError as error:
         raise RuntimeError(
@@ -80,6 +83,8 @@ def own_stream(device: torch.device, wanted: bool) -> Iterator[None]:
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # also after a failed chain, whose last steps still move the weights
+        torch.cuda.current_stream(device).wait_stream(stream)

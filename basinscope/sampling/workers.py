@@ -173,21 +173,39 @@ def _main(order: dict[str, Any]) -> None:
 
 def _arithmetic() -> dict[str, Any]:
     """What the caller's process has set of torch that decides the bits of a sum."""
+    precision: str | list[str]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for one backend alone
+        precision = [backend.fp32_precision for backend in _matmul_backends()]
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     return {
         "onednn": torch._C._get_mkldnn_enabled(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": precision,
+        "deterministic": "warn" if only_warns else torch.are_deterministic_algorithms_enabled(),
         "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
     }
 
 
 def _set_arithmetic(
-    onednn: bool, matmul_precision: str, deterministic: bool, default_dtype: str
+    onednn: bool,
+    matmul_precision: str | list[str],
+    deterministic: bool | str,
+    default_dtype: str,
 ) -> None:
     torch._C._set_mkldnn_enabled(onednn)
-    torch.set_float32_matmul_precision(matmul_precision)
-    torch.use_deterministic_algorithms(deterministic)
+    if isinstance(matmul_precision, str):
+        torch.set_float32_matmul_precision(matmul_precision)
+    else:
+        for backend, precision in zip(_matmul_backends(), matmul_precision, strict=True):
+            backend.fp32_precision = precision
+    torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
     torch.set_default_dtype(getattr(torch, default_dtype))
+
+
+def _matmul_backends() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.mkldnn.matmul
 
 
 def _stop_with_parent() -> None:

@@ -29,6 +29,7 @@ def test_choices(
     monkeypatch: pytest.MonkeyPatch, path: str, device: str, installed: bool, chosen: str
 ) -> None:
     monkeypatch.setattr(paths, "_installed", lambda module: installed)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert paths.resolve(path, device) == chosen
 
 
@@ -38,6 +39,15 @@ def test_triton_takes_cpu_tensors_only_when_interpreted(monkeypatch: pytest.Monk
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match=r"these are on 'cpu'.*TRITON_INTERPRET=1"):
         paths.resolve("triton", "cpu")
+
+
+def test_an_interpreted_triton_is_kept_from_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update's kernel would follow the GPU's addresses in the host's memory."""
+    monkeypatch.setattr(paths, "_installed", lambda module: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert paths.resolve("auto", "cuda") == "reference"
+    with pytest.raises(ValueError, match=r"these are on 'cuda'; unset TRITON_INTERPRET"):
+        paths.resolve("triton", "cuda")
 
 
 def test_what_cannot_be_met_is_an_error_that_names_the_alternatives(
@@ -56,7 +66,7 @@ def test_a_fallback_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(paths, "_installed", lambda module: False)
-    paths._say_once.cache_clear()
+    paths.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="basinscope"):
         paths.resolve("auto", "cpu")
         paths.resolve("auto", "cpu")

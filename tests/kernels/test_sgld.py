@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from basinscope.kernels import pointers
+from basinscope.kernels import paths, pointers
 from basinscope.kernels.noise import ROUNDING
 from basinscope.kernels.pointers import cut
 from basinscope.kernels.sgld import METRIC_NAMES, SgldUpdate
@@ -518,6 +518,42 @@ def test_the_number_of_threads_changes_no_bit(case: str) -> None:
     for metrics, weights in results[1:]:
         assert all(map(torch.equal, metrics, results[0][0]))
         assert all(map(torch.equal, weights, results[0][1]))
+
+
+def test_float64_on_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "_automatic", lambda device: "triton")
+    wide, narrow = torch.zeros(5, dtype=torch.float64), torch.zeros(5)
+    settings: dict[str, Any] = {"lr": 1e-3, "n_beta": 1.0}
+    assert SgldUpdate([narrow], **settings).path == "triton"
+    assert SgldUpdate([narrow, wide], **settings).path == "reference"
+    with pytest.raises(ValueError, match="use path='reference'"):
+        SgldUpdate([wide], path="triton", **settings)
+
+
+def test_a_gpu_s_table_of_addresses_is_uploaded_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy from pageable memory would wait for all that was queued before."""
+    update = SgldUpdate([torch.zeros(5)], lr=1e-3, n_beta=1.0, path="triton")
+    launch: Any = update._passes[0]
+    launch._device = torch.device("cuda")
+    copies: list[tuple[bool, Any]] = []
+    pinned: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    def to(tensor: Tensor, device: torch.device, *, non_blocking: bool = False) -> Tensor:
+        copies.append((tensor.data_ptr() in pinned, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    gradients = [torch.ones(5)]
+    for _ in range(2):  # the second has nothing new
+        launch._renew_table(gradients)
+    assert copies == [(True, True)]
 
 
 def test_a_graph_over_moved_weights_is_noticed() -> None:

@@ -63,7 +63,7 @@ HEAD = """
     Head = module.Head
     pointers = "targets top_of total_of picked level upstream".split()
     matrices = ("hidden", "weight", "bias", "slopes")
-    sizes = "tokens vocabulary width hidden_stride weight_stride start count".split()
+    sizes = "tokens vocabulary width hidden_stride weight_stride start count pitch".split()
     shared_memory = {89: 101_376, 90: 232_448}  # bytes that a program may have
 
     no, yes = False, True
@@ -89,7 +89,78 @@ HEAD = """
                     tensor_cores = "wgmma" if capability == 90 else "mma.sync"
                     assert tensor_cores in compiled.asm["ptx"]
 """
-BODIES = {"noise": NOISE, "sgld": SGLD, "cross_entropy": LOSS, "linear head": HEAD}
+# The launchers themselves, in front of a driver that compiles for a GPU and launches nothing.
+LAUNCHES = """
+    import os, torch
+    from basinscope.kernels.cross_entropy import next_token_cross_entropy
+    from basinscope.kernels.linear_cross_entropy import linear_token_cross_entropy
+    from basinscope.kernels.noise import fill_normal
+    from basinscope.kernels.sgld import SgldUpdate
+
+    class Launcher:
+        def __init__(self, source, metadata):
+            pass
+
+        def __call__(self, x, y, z, *args):
+            assert 0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16, (x, y, z)
+
+    class Utils:
+        def load_binary(self, *args):
+            return object(), 1, 0, 0, 1024
+
+        def get_device_properties(self, device):
+            return {"max_shared_mem": 232_448}
+
+    class Driver:
+        launcher_cls, utils = Launcher, Utils()
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+    triton.runtime.driver.set_active(Driver())
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
+    os.environ["TRITON_INTERPRET"] = "1"  # lets tensors of a CPU pass; triton has been imported
+
+    numbers = [(0, 0, 0), (1, 1, 1), (2**62, 5, 16), (2**33 + 7, 2**23, 2**31 + 4)]
+    for seed, chain, step in numbers:
+        address = {"seed": seed, "chain": chain, "step": step}
+        fill_normal(torch.empty(3 + chain % 4), path="triton", param_index=chain, **address)
+    assert len(compiled) == 1, compiled  # numbers that change from step to step compile nothing
+
+    weights = [torch.zeros(5), torch.zeros(40, 50)]
+    update = SgldUpdate(weights, anchors=weights, localization=1.0, lr=1e-3, n_beta=1.0,
+                        path="triton")
+    for seed, chain, step in numbers:
+        gradients = [torch.ones_like(w) for w in weights]
+        update.step(gradients, seed=seed, chain=chain, step=step)
+    assert len(compiled) == 2, compiled
+
+    # sizes of one, which Triton takes for constants, and sizes that are no multiple of anything
+    for shape in ((1, 2, 1), (1, 2, 7), (3, 9, 50257)):
+        logits = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+        ids = torch.zeros(shape[:2], dtype=torch.int64)
+        next_token_cross_entropy(logits, ids, path="triton").sum().backward()
+    features = linear_cross_entropy_triton._features
+    linear_cross_entropy_triton._features = lambda *given: features(*given) | {"WIDEN": False}
+    for tokens, width, vocabulary in ((1, 1, 1), (1, 64, 300), (257, 1, 300)):
+        hidden = torch.zeros((tokens, width), dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros((vocabulary, width), dtype=torch.bfloat16)
+        targets = torch.zeros(tokens, dtype=torch.int64)
+        linear_token_cross_entropy(hidden, weight, targets, path="triton").sum().backward()
+"""
+BODIES = {
+    "noise": NOISE, "sgld": SGLD, "cross_entropy": LOSS, "linear head": HEAD, "launches": LAUNCHES,
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from basinscope.models.forward import replaced_forward
+from basinscope.models.forward import replaced_forward, token_logits
+from tests.models_small import tiny_model
 
 
 class HandsOn(nn.Module):
@@ -47,3 +50,33 @@ def test_a_forward_of_its_own_comes_back() -> None:
     with replaced_forward(module, lambda given: 5 * given):
         assert float(module(torch.ones(1))) == 5
     assert float(module(torch.zeros(1))) == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a GPU: values that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama"])
+def test_a_forward_pass_reads_nothing_back(kind: str) -> None:
+    model, ids = tiny_model(kind), torch.randint(40, (3, 9))
+    plain = model(ids, use_cache=False).logits
+    with Reads() as reads:
+        logits = token_logits(model, ids)
+    assert reads.count == 0
+    assert torch.equal(logits, plain)
+
+
+def test_packed_rows_are_still_found_elsewhere() -> None:
+    """Also where rows share their positions."""
+    model, ids = tiny_model("llama"), torch.randint(40, (3, 9))
+    token_logits(model, ids)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    second = model(ids[:, 4:], use_cache=False).logits
+    torch.testing.assert_close(packed[:, 4:], second)

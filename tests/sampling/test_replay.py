@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -91,3 +93,42 @@ def test_a_graph_needs_a_gpu_and_the_model_s_own_loss(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without train_mode, loss_fn and profile"):
         basinscope.sample(model, data, {}, train_mode=True, **settings)
     assert not (tmp_path / "s.zarr").exists()
+
+
+def test_what_runs_on_a_stream_of_its_own_is_waited_for_after_a_failure_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Steps that were queued before the failure was seen still move the weights."""
+    waits: list[tuple[str, str]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Stream) -> None:
+            waits.append((self.name, other.name))
+
+    usual = Stream("usual")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("own"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: usual)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    with pytest.raises(ArithmeticError), replay.own_stream(torch.device("cuda"), True):
+        raise ArithmeticError
+    assert waits == [("own", "usual"), ("usual", "own")]
+
+
+def test_other_threads_may_wait_for_the_device_during_a_recording(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def graph(recorded: object, **options: Any) -> nullcontext[None]:
+        asked.update(options)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current one")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    _, results = replay.record(lambda: {"a": torch.ones(1)})
+    assert list(results) == ["a"]
+    assert asked == {"stream": "the current one", "capture_error_mode": "thread_local"}
