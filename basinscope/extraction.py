@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,15 @@ from basinscope.io.activation_store import ActivationWriter, open_activations
 from basinscope.models.activation_cache import ActivationCache, to_numpy
 from basinscope.models.extraction import ExtractionConfig, Extractor
 from basinscope.models.interventions import Intervention
+from basinscope.models.lengths import by_length, run_by_length
 from basinscope.models.structure import UnknownStructureError
 from basinscope.models.unembedding import find_unembedding
-from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
+from basinscope.sampling.data import (
+    check_sequences,
+    dataset_digest,
+    read_rows,
+    read_sequences,
+)
 from basinscope.sampling.identity import describe_model
 from basinscope.sampling.job import check_vocabulary
 from basinscope.sampling.layers import quick_linears
@@ -28,6 +34,11 @@ from basinscope.sampling.progress import show_count
 if TYPE_CHECKING:
     import xarray as xr
     from datasets import Dataset
+
+Report = Callable[[int], None]
+
+WINDOW_BYTES = 256 * 2**20  # most bytes of activations that wait for rows of other lengths
+WINDOW_BATCHES = 256  # most batches among which rows of one length are looked for
 
 
 def extract_dataset(
@@ -43,15 +54,19 @@ def extract_dataset(
 ) -> xr.DataTree:
     """Run a data set through a model and stream what is asked for to a Zarr store.
 
-    A batch at a time is held. The same call continues a store that was stopped, from its last whole
-    chunk and with the same batches, and returns a completed one as it is.
+    A batch at a time is held; of rows of several lengths, as many batches as give 256 MiB, at most
+    256. The same call continues a store that was stopped, from its last whole chunk and with the
+    same batches, and returns a completed one as it is.
 
     Parameters
     ----------
     model : nn.Module
         A Hugging Face causal LM or a TransformerLens model, on its own device.
     dataset : datasets.Dataset
-        Column ``input_ids``, all rows of one length.
+        Column ``input_ids``. Rows may have several lengths: those of one length that are near each
+        other run together, and nothing is padded. Positions count all from the start, or all from
+        the end (the store then has ``from_end`` for ``position``); ``input_ids`` are -1 where a row
+        has no token.
     config : ExtractionConfig
     output : path
     batch_size : int
@@ -81,19 +96,26 @@ def extract_dataset(
     if not whole or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
     batch_size = int(batch_size)
-    rows, _ = check_dataset(dataset, "dataset", least_tokens=1)
-    digest = dataset_digest(dataset, rows, partial(check_vocabulary, model, name="dataset"))
+    rows, lengths, digest = _checked(model, dataset)
+    one_length = len(lengths) == 1
     extractor = Extractor(model, config, interventions)
+    coords = {} if one_length else extractor.common_positions(lengths)
 
-    def batch_at(begin: int) -> ActivationCache:
-        numbers = range(begin, min(begin + batch_size, rows))
-        with quick_linears(model):
-            return extractor(torch.tensor(read_rows(dataset, numbers)))
+    def run(begin: int, count: int, report: Report = lambda done: None) -> ActivationCache:
+        numbers = range(begin, min(begin + count, rows))
+        if one_length:
+            with quick_linears(model):
+                return extractor(torch.tensor(read_rows(dataset, numbers)))
+        # oneDNN would compile for, and keep about a MiB of, every size of a batch
+        ids = [torch.tensor(row) for row in read_sequences(dataset, numbers)]
+        groups = _reported(by_length(ids, batch_size), begin, report)
+        return run_by_length(extractor, ids, groups, coords, width=lengths[-1])
 
-    see_batch = any(intervention.kind != "zero" for intervention in interventions)
-    if see_batch and rows > batch_size and rows % batch_size:
-        batch_at(rows // batch_size * batch_size)  # they must fit the last, smaller one too
-    cache = batch_at(0)
+    see_batch = any(intervention.kind in ("mean", "patch") for intervention in interventions)
+    if see_batch and one_length and rows > batch_size and rows % batch_size:
+        run(rows // batch_size * batch_size, batch_size)  # they must fit the last, smaller one too
+    cache = run(0, batch_size if one_length else 1)
+    window = batch_size if one_length else _window(cache, batch_size)
     with ActivationWriter.create_or_continue(
         output,
         variables={
@@ -107,20 +129,43 @@ def extract_dataset(
             "dataset": {"rows": rows, "sha256": digest},
             **({"batch_size": batch_size} if see_batch else {}),
         },
-        coords=cache.coords,
+        coords={name: ("position", numbers) for name, numbers in cache.coords.items()},
         unembedding=_unembedding(model) if save_unembedding else None,
     ) as writer:
         with show_count("example", rows, progress) as report:
             report(writer.examples_done)
             while (done := writer.examples_done) < rows:
-                begin = done // batch_size * batch_size
-                if begin:
+                begin = done // window * window
+                if begin or cache.num_examples < min(window, rows):
                     del cache  # one at a time
-                    cache = batch_at(begin)
+                    cache = run(begin, window, report)
                 writer.append(_arrays(cache, skip=done - begin))
                 report(writer.examples_done)
         writer.finish()
     return open_activations(output)
+
+
+def _checked(model: nn.Module, dataset: Dataset) -> tuple[int, list[int], str]:
+    """Check a data set; give its number of rows, their lengths, and its digest."""
+    lengths = check_sequences(dataset, "dataset")
+    check = partial(check_vocabulary, model, name="dataset")
+    return len(dataset), lengths, dataset_digest(dataset, len(dataset), check)
+
+
+def _reported(
+    groups: Sequence[Sequence[int]], done: int, report: Report
+) -> Iterator[Sequence[int]]:
+    """Give groups of examples one by one, and tell before each how many are done."""
+    for group in groups:
+        report(done)
+        yield group
+        done += len(group)
+
+
+def _window(cache: ActivationCache, batch_size: int) -> int:
+    """Choose among how many examples those of one length are looked for: whole batches."""
+    example = sum(array[0].nbytes for array in cache.values())
+    return batch_size * max(1, min(WINDOW_BATCHES, WINDOW_BYTES // (example * batch_size)))
 
 
 def _arrays(cache: ActivationCache, skip: int) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,33 @@ def test_the_command_that_it_names_next_runs(
     assert CliRunner().invoke(cli.app, command.split()).exit_code == 0
 
 
+def test_rows_of_several_lengths_are_stored(folder: Path) -> None:
+    rows = [row[: 4 + i % 5] for i, row in enumerate(token_rows(12, 9, seed=1)["input_ids"])]
+    lines = [json.dumps({"input_ids": row.tolist()}) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    options = ["-o", folder / "a.zarr", "--position", "-2,-1"]
+    done = run(folder / "model", folder / "rows.jsonl", *options)
+    assert done.exit_code == 0, done.output
+    tree = open_activations(folder / "a.zarr")
+    assert tree["from_end"].values.tolist() == [-2, -1]
+    assert [row[row >= 0].tolist() for row in tree["input_ids"].values] == [
+        row.tolist() for row in rows
+    ]
+    shown = CliRunner().invoke(cli.app, ["lens", str(folder / "a.zarr"), "--json", "--measures"])
+    assert shown.exit_code == 0, shown.output
+    figures = json.loads(shown.stdout)
+    assert figures["positions"] == ["-2", "-1"]
+    assert figures["input_ids"] == rows[0][-2:].tolist()
+    for command in (["verify"], ["activations", "show"]):
+        told = CliRunner().invoke(cli.app, [*command, str(folder / "a.zarr")])
+        assert told.exit_code == 0, told.output
+    refused = run(folder / "model", folder / "rows.jsonl", "-o", folder / "b.zarr")
+    assert refused.exit_code == 2
+    assert "are other ones in each of sequences of 4 to 8 tokens" in " ".join(
+        refused.output.split()
+    )
+
+
 @pytest.mark.parametrize("options", [("--layers", "0:2"), ("--layer", "1,0:1")])
 def test_layers_are_given_as_ranges_too(folder: Path, options: tuple[str, str]) -> None:
     done = invoke(folder, *options, "--position", "1:3,-1")
@@ -106,5 +134,8 @@ def test_a_model_that_is_nowhere_is_named(folder: Path) -> None:
 
 
 def invoke(folder: Path, *options: str) -> Result:
-    given = [folder / "model", folder / "data", "-o", folder / "a.zarr", *options]
+    return run(folder / "model", folder / "data", "-o", folder / "a.zarr", *options)
+
+
+def run(*given: object) -> Result:
     return CliRunner().invoke(app, [str(part) for part in given])

@@ -39,6 +39,7 @@ UNEMBEDDING_DIMS = {
 }
 RESERVED_NAMES = {"unembedding", "zarr.json"}
 OWN_ATTRIBUTES = {"created_by", "schema_version", "created_at", "kind", "completed", "finished_at"}
+OWN_ATTRIBUTES |= {"coordinates"}  # xarray's: names of those that are no dims
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class ActivationWriter:
         variables: Mapping[str, Variable],
         num_examples: int | None,
         attrs: Mapping[str, Any],
-        coords: Mapping[str, np.ndarray],
+        coords: Mapping[str, Any],
         unembedding: Mapping[str, Any] | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> ActivationWriter:
@@ -250,8 +250,9 @@ class ActivationWriter:
             All that are going to be appended; None if that is not known yet.
         attrs : mapping
             JSON. What the package writes itself (``created_by``, ``completed``, ...) is ignored.
-        coords : mapping of str to ndarray
-            One-dimensional coordinates of the dims of the same names.
+        coords : mapping
+            As :class:`xarray.Dataset` takes them: arrays for the dims of the same names, or (dim,
+            array).
         unembedding : mapping, optional
             Arrays ``weight (vocab, d_model)``, ``bias (vocab)``, ``norm_weight (d_model)``,
             ``norm_bias (d_model)`` as far as there are such; what is no array is an attribute.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from inspect import signature
@@ -23,11 +23,17 @@ from basinscope.models.forward import (
     vocabulary_size,
 )
 from basinscope.models.head import NoLinearHeadError, named_head
-from basinscope.models.interventions import Intervention, intervened
+from basinscope.models.interventions import (
+    Intervention,
+    intervened,
+    require_keys,
+    require_possible,
+)
 from basinscope.models.lengths import (
     by_length,
     common_positions,
     require_no_neighbours,
+    require_positions,
     run_by_length,
 )
 from basinscope.models.positions import Positions, described, plain, resolve_positions
@@ -176,14 +182,7 @@ def extract(
     groups = by_length(sequences, batch_size)
     if len(groups) == 1:
         return extractor(torch.stack(list(sequences)))
-    lengths = sorted({len(ids) for ids in sequences})
-    if config.attn_pattern and len(lengths) > 1:
-        raise ValueError(
-            "attn_pattern has as many key positions as a sequence has tokens: give sequences of "
-            "one length, or leave it out"
-        )
-    require_no_neighbours(extractor.interventions)
-    coords = common_positions(config.target_token_positions, config.average, lengths)
+    coords = extractor.common_positions(sorted({len(ids) for ids in sequences}))
     return run_by_length(extractor, sequences, groups, coords)
 
 
@@ -236,6 +235,8 @@ class Extractor:
         self.names = _names(config, self.sites)
         if "logits" in self.names:
             _require_head(model)
+        with self._attention():
+            require_possible(model, self.sites, self.interventions)
         self.metadata = _describe(model, config, self.interventions, len(self.sites.layers))
 
     def __call__(self, input_ids: Tensor) -> ActivationCache:
@@ -250,9 +251,7 @@ class Extractor:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
-            patterns = [name for name in self.names if _kind(name) == "attn_pattern"]
-            blocks = [self.model.get_submodule(self.sites.plain[n].module) for n in patterns]
-            stack.enter_context(_eager_attention(self.model, blocks))
+            stack.enter_context(self._attention())
             stack.enter_context(intervened(self.model, self.sites, self.interventions, length))
             for name in self.names:
                 self._listen(stack, name, taken)
@@ -274,6 +273,42 @@ class Extractor:
             {"position": np.asarray([-1] if self.config.average else positions)},
             self.metadata,
         )
+
+    def common_positions(self, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+        """Number the positions of sequences that do not run together.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            Those that there are.
+
+        Returns
+        -------
+        dict of str to np.ndarray
+            As :func:`basinscope.models.lengths.common_positions` gives them.
+
+        Raises
+        ------
+        ValueError
+            If such sequences have not all of what is asked for, or not at the same positions.
+        """
+        if self.config.attn_pattern and len(lengths) > 1:
+            raise ValueError(
+                "attn_pattern has as many key positions as a sequence has tokens: give sequences "
+                "of one length, or leave it out"
+            )
+        _check_length(self.model, max(lengths))
+        require_no_neighbours(self.interventions)
+        require_positions(self.interventions, lengths)
+        require_keys(self.interventions, lengths)
+        config = self.config
+        return common_positions(config.target_token_positions, config.average, lengths)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        """Have the model compute its attention as what is asked for needs it."""
+        patterns = [name for name in self.names if _kind(name) == "attn_pattern"]
+        blocks = [self.model.get_submodule(self.sites.plain[n].module) for n in patterns]
+        return _eager_attention(self.model, blocks)
 
     def _listen(self, stack: ExitStack, name: str, taken: _Taken) -> None:
         """Hook the modules that an activation is read from."""
@@ -570,9 +605,12 @@ def _check_ids(model: nn.Module, input_ids: Tensor) -> None:
     if count is not None and (low < 0 or high >= count):
         odd = low if low < 0 else high
         raise ValueError(f"token id {odd} is no row of the embedding, which has 0 to {count - 1}")
+    _check_length(model, input_ids.shape[1])
+
+
+def _check_length(model: nn.Module, length: int) -> None:
     limit = max_sequence_length(model)
-    if limit is not None and input_ids.shape[1] > limit:
+    if limit is not None and length > limit:
         raise ValueError(
-            f"input_ids have {input_ids.shape[1]} tokens, and {type(model).__name__} takes at most "
-            f"{limit}"
+            f"input_ids have {length} tokens, and {type(model).__name__} takes at most {limit}"
         )

@@ -4,13 +4,14 @@ Intervention("zero", "head_out_L3H5")
 Intervention("mean", "mlp_out_2", positions=[-1])
 Intervention("patch", "resid_out_4", positions=[5, 6], source=0)
 Intervention("zero", "queries_L3H5", positions="last")
+Intervention("knockout", "attn_pattern_3", positions="last", key_positions=[0, 1])
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,40 +19,49 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from basinscope.models.knockout import Knockout, cuts_of, knocked_out, require_obeyed
 from basinscope.models.positions import Positions, described, plain, resolve_positions
 from basinscope.models.sites import Site, Sites, by_example
-from basinscope.models.stream import changing_input, first_tensor
+from basinscope.models.stream import PROBE_TOKENS, changing_input, first_tensor
 
-KINDS = ("zero", "mean", "patch")
+KINDS = ("zero", "mean", "patch", "knockout")
 _TARGET = re.compile(
-    r"embed|(resid_in|resid_out|attn_in|attn_out|mlp_out|queries|keys|values)_(?P<of>\d+)"
-    r"|(?P<kind>head_out|queries|keys|values)_L(?P<layer>\d+)H(?P<head>\d+)"
+    r"embed"
+    r"|(resid_in|resid_out|attn_in|attn_out|mlp_out|queries|keys|values|attn_pattern)_(?P<of>\d+)"
+    r"|(?P<kind>head_out|queries|keys|values|attn_pattern)_L(?P<layer>\d+)H(?P<head>\d+)"
 )
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """Replace an activation at some positions.
+    """Replace an activation at some positions, or keep them from attending to others.
 
     Attributes
     ----------
-    kind : {"zero", "mean", "patch"}
+    kind : {"zero", "mean", "patch", "knockout"}
         By zeros, by its mean over the examples of the batch at the same position, or by `source`.
+        A knockout takes `key_positions` away from those that `positions` attend to; the softmax
+        shares their probability among the keys that are left.
     target : str
         ``embed``, ``resid_in_{i}``, ``resid_out_{i}``, ``attn_in_{i}``, ``attn_out_{i}``,
         ``mlp_out_{i}``, ``queries_{i}``, ``keys_{i}``, ``values_{i}``; of the last three one head,
         ``queries_L{i}H{j}``; or one head's share of the attention output, ``head_out_L{i}H{j}``.
+        For "knockout": ``attn_pattern_{i}``, or of one query head, ``attn_pattern_L{i}H{j}``.
     positions : "all", "last", int, slice, or a list of these
     source : int or Tensor, optional
         For "patch": which example of the same batch every other one takes the activation from, or
         (not for ``head_out``) the activation itself as a cache of another run holds it, also
         without its axis of examples, or without that of positions too.
+    key_positions : "all", "last", int, slice, or a list of these, optional
+        For "knockout": tokens that those at `positions` may not attend to. Each must be left one
+        that it attends to.
     """
 
-    kind: Literal["zero", "mean", "patch"]
+    kind: Literal["zero", "mean", "patch", "knockout"]
     target: str
     positions: Positions = "all"
     source: int | Tensor | None = None
+    key_positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -61,8 +71,10 @@ class Intervention:
             raise ValueError(
                 f"target={self.target!r}: it can be embed, resid_in_0, resid_out_0, attn_in_0, "
                 "attn_out_0, mlp_out_0, queries_0, keys_0, values_0, queries_L0H0, keys_L0H0, "
-                "values_L0H0 or head_out_L0H0, with numbers of your layers and heads"
+                "values_L0H0 or head_out_L0H0, with numbers of your layers and heads; for "
+                "'knockout' attn_pattern_0 or attn_pattern_L0H0"
             )
+        self._check_keys()
         if self.kind == "patch" and self.source is None:
             raise ValueError(
                 "'patch' needs source=...: an example's number, or a torch.Tensor to put there"
@@ -74,6 +86,20 @@ class Intervention:
             raise ValueError(
                 f"{self.target!r} can be patched from another example of its batch only: "
                 "source=its number"
+            )
+
+    def _check_keys(self) -> None:
+        """Have a knockout be of attention and say which keys, and nothing else do either."""
+        if (self.kind == "knockout") != self.target.startswith("attn_pattern_"):
+            raise ValueError(
+                f"{self.kind!r} of {self.target!r}: attn_pattern_0 or attn_pattern_L0H0 can be "
+                "knocked out, Intervention('knockout', ..., key_positions=...), and nothing else"
+            )
+        if (self.kind == "knockout") != (self.key_positions is not None):
+            raise ValueError(
+                f"{self.kind!r} takes no key_positions: leave them out"
+                if self.kind != "knockout"
+                else "'knockout' needs key_positions=...: tokens not to attend to, such as [0, 1]"
             )
 
     def _check_source(self) -> None:
@@ -95,12 +121,15 @@ class Intervention:
             numbers = source.detach().cpu().double().contiguous().numpy()
             digest = hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
             source = {"shape": list(source.shape), "sha256": digest}
-        return {
+        whole = {
             "kind": self.kind,
             "target": self.target,
             "positions": described(self.positions),
             "source": source,
         }
+        if self.key_positions is not None:
+            whole["key_positions"] = described(self.key_positions)
+        return whole
 
 
 @contextmanager
@@ -115,7 +144,10 @@ def intervened(
         If the model has no such layer, head or activation, or a position is out of range.
     """
     with ExitStack() as hooks:
+        hooks.enter_context(knocked_out(model, sites, _knockouts(interventions), length))
         for intervention in interventions:
+            if intervention.kind == "knockout":
+                continue
             site, head = _site_of(sites, intervention)
             change = _changing(intervention, site, head, length)
             module = model.get_submodule(site.module)
@@ -125,6 +157,42 @@ def intervened(
                 handle = module.register_forward_hook(_on_output(change))
             hooks.callback(handle.remove)
         yield
+
+
+def require_possible(model: nn.Module, sites: Sites, interventions: Sequence[Intervention]) -> None:
+    """Refuse knockouts that the model would not go by; tries them on a few tokens.
+
+    Queries are zero meanwhile, where they are known, so that every head attends to all tokens.
+
+    Raises
+    ------
+    ValueError
+        Says which model, which layer, and why.
+    """
+    knockouts = _knockouts(interventions)
+    queries = sorted({f"queries_{knockout.layer}" for knockout in knockouts} & set(sites.plain))
+    even = [Intervention("zero", name) for name in queries]
+    with intervened(model, sites, even, PROBE_TOKENS):
+        require_obeyed(model, sites, knockouts)
+
+
+def require_keys(interventions: Sequence[Intervention], lengths: Iterable[int]) -> None:
+    """Refuse knockouts that do not fit sequences of all these lengths: see :func:`cuts_of`."""
+    for length in lengths:
+        cuts_of(_knockouts(interventions), length)
+
+
+def _knockouts(interventions: Sequence[Intervention]) -> list[Knockout]:
+    found = []
+    for given in interventions:
+        if given.kind == "knockout":
+            match = _TARGET.fullmatch(given.target)
+            assert match is not None
+            assert given.key_positions is not None
+            head = int(match["head"]) if match["head"] else None
+            layer = int(match["of"] or match["layer"])
+            found.append(Knockout(given.target, layer, head, given.positions, given.key_positions))
+    return found
 
 
 def _site_of(sites: Sites, intervention: Intervention) -> tuple[Site, int | None]:

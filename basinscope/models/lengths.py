@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,8 +29,9 @@ def by_length(sequences: Sequence[Tensor], at_once: int | None) -> list[list[int
 def run_by_length(
     run: Callable[[Tensor], ActivationCache],
     sequences: Sequence[Tensor],
-    groups: Sequence[Sequence[int]],
+    groups: Iterable[Sequence[int]],
     coords: Mapping[str, np.ndarray],
+    width: int | None = None,
 ) -> ActivationCache:
     """Run group after group, and put the examples back in their order.
 
@@ -38,10 +40,12 @@ def run_by_length(
     run : callable
         Takes ids (example, token) of one length.
     sequences : sequence of Tensor (token,)
-    groups : list of list of int
+    groups : iterable of list of int
         Numbers of sequences of one length each.
     coords : dict of str to np.ndarray
         What to call the positions: see :func:`common_positions`.
+    width : int, optional
+        Tokens that ``input_ids`` have room for. Default: those of the longest sequence.
     """
     arrays: dict[str, Tensor] = {}
     for group in groups:
@@ -52,7 +56,7 @@ def run_by_length(
             whole = arrays.setdefault(name, array.new_empty((len(sequences), *array.shape[1:])))
             whole[torch.as_tensor(group, device=array.device)] = array
     found = {
-        name: _padded(sequences, FROM_END in coords).to(cache["input_ids"].device)
+        name: _padded(sequences, FROM_END in coords, width).to(cache["input_ids"].device)
         if name == "input_ids"
         else arrays[name]
         for name in cache
@@ -94,18 +98,40 @@ def require_no_neighbours(interventions: Sequence[Intervention]) -> None:
     """Refuse interventions that take something from other examples, which may not run together."""
     for intervention in interventions:
         source = intervention.source
-        of_each = isinstance(source, Tensor) and source.ndim == 3
-        if intervention.kind == "mean" or isinstance(source, int) or of_each:
+        of_others = intervention.kind == "mean" or isinstance(source, int)
+        if isinstance(source, Tensor):
+            of_others = source.ndim == _axes(intervention) and len(source) > 1
+        if of_others:
             raise ValueError(
                 f"{intervention} takes something from other examples or for each example, and "
-                "sequences that do not run together cannot: give sequences of one length, and no "
-                "batch_size"
+                "sequences that do not run together cannot: give sequences of one length that run "
+                "as one batch"
             )
 
 
-def _padded(sequences: Sequence[Tensor], at_start: bool) -> Tensor:
+def require_positions(interventions: Sequence[Intervention], lengths: Sequence[int]) -> None:
+    """Refuse interventions whose positions, or a tensor for them, do not fit all sequences."""
+    for intervention in interventions:
+        source, axis = intervention.source, 1 - _axes(intervention)  # that of positions
+        given: tuple[int, ...] = source.shape[axis:] if isinstance(source, Tensor) else ()
+        for length in lengths:
+            count = len(resolve_positions(intervention.positions, length))
+            if len(given) == -axis and given[0] != count:
+                raise ValueError(
+                    f"the source of {intervention.target!r} has {given[0]} positions; "
+                    f"{intervention.positions!r} are {count} of a sequence of {length} tokens: "
+                    "give positions that are as many in each, or a source without that axis"
+                )
+
+
+def _axes(intervention: Intervention) -> int:
+    """How many axes the activation has: (example, position, width), or of all heads one more."""
+    return 4 if re.fullmatch(r"(queries|keys|values)_\d+", intervention.target) else 3
+
+
+def _padded(sequences: Sequence[Tensor], at_start: bool, width: int | None) -> Tensor:
     """Put ids into one array, with NO_TOKEN before or behind them."""
-    width = max(map(len, sequences))
+    width = width or max(map(len, sequences))
     ids = torch.full((len(sequences), width), NO_TOKEN, dtype=torch.long)
     for row, sequence in zip(ids, sequences, strict=True):
         place = slice(width - len(sequence), None) if at_start else slice(len(sequence))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,53 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
         If the column is missing or holds no integers, there are no rows, their lengths differ,
         an id is missing, or they have too few tokens.
     """
+    length = None
+    for start, lengths in _checked_lengths(dataset, name):
+        length = int(lengths[0]) if length is None else length
+        odd = np.flatnonzero(lengths != length)
+        if odd.size:
+            row = start + int(odd[0])
+            raise ValueError(
+                f"all rows of {name} must have one length: row 0 has {length} tokens, row {row} "
+                f"has {int(lengths[odd[0]])}. tokenize_and_concatenate() makes equal rows; "
+                "padding would count as data"
+            )
+    assert length is not None
+    if length < least_tokens:
+        loss = " for a next-token loss" if least_tokens == 2 else ""
+        raise ValueError(
+            f"{name}'s rows have {length} token(s); at least {least_tokens} are needed{loss}"
+        )
+    return len(dataset), length
+
+
+def check_sequences(dataset: Any, name: str) -> list[int]:
+    """Check that a data set has rows of token ids, of any lengths.
+
+    Returns
+    -------
+    list of int
+        The lengths that there are, the shortest first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`check_dataset`; and if a row has no token.
+    """
+    found: set[int] = set()
+    for start, lengths in _checked_lengths(dataset, name):
+        empty = np.flatnonzero(lengths == 0)
+        if empty.size:
+            raise ValueError(
+                f"row {start + int(empty[0])} of {name} has no tokens: give it some, or leave it "
+                "out"
+            )
+        found.update(np.unique(lengths).tolist())
+    return sorted(found)
+
+
+def _checked_lengths(dataset: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Check all but the lengths of rows; give those, some thousand, with the first row's number."""
     import datasets
     import pyarrow as pa
 
@@ -78,41 +125,27 @@ def check_dataset(dataset: Any, name: str, least_tokens: int = 2) -> tuple[int, 
             f"{name}'s column 'input_ids' must hold integers; it holds {kind.value_type}"
         )
 
-    first, length, padded = None, 0, False
+    padded = False
     arrow = dataset.with_format("arrow")
     for start in range(0, len(dataset), LENGTH_CHECK_ROWS):
         table = arrow[start : start + LENGTH_CHECK_ROWS]
         lengths = _row_lengths(table)
-        if first is None:
-            first, length = lengths[0], int(lengths[0])
-        odd = np.flatnonzero(lengths != length)
-        if odd.size:
-            row = start + int(odd[0])
-            raise ValueError(
-                f"all rows of {name} must have one length: row 0 has {length} tokens, row {row} "
-                f"has {int(lengths[odd[0]])}. tokenize_and_concatenate() makes equal rows; "
-                "padding would count as data"
-            )
+        yield start, lengths
         if _has_padding(table):
             padded = True
         missing = _missing_ids(table)
         if missing.size:
+            row = start + int(np.searchsorted(np.cumsum(lengths), missing[0], side="right"))
             raise ValueError(
-                f"row {start + int(missing[0]) // length} of {name} has a missing id (null): give "
-                "every token an id, or leave the row out"
+                f"row {row} of {name} has a missing id (null): give every token an id, or leave "
+                "the row out"
             )
     if padded:
         warnings.warn(
             f"{name} has an attention_mask with zeros, which is not used: padding counts as data. "
             "tokenize_and_concatenate() makes rows without padding",
-            stacklevel=4,
+            stacklevel=5,
         )
-    if length < least_tokens:
-        loss = " for a next-token loss" if least_tokens == 2 else ""
-        raise ValueError(
-            f"{name}'s rows have {length} token(s); at least {least_tokens} are needed{loss}"
-        )
-    return len(dataset), length
 
 
 def _row_lengths(table: Any) -> np.ndarray:
@@ -132,7 +165,7 @@ def _has_padding(table: Any) -> bool:
 
 
 def _missing_ids(table: Any) -> np.ndarray:
-    """Places of nulls among all ids of equally long rows."""
+    """Places of nulls among the ids of all rows."""
     import pyarrow.compute as pc
 
     ids = pc.list_flatten(table.column("input_ids"))
@@ -142,16 +175,30 @@ def _missing_ids(table: Any) -> np.ndarray:
 
 
 def read_rows(dataset: Any, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Read rows of a checked data set.
+    """Read rows of one length of a checked data set.
 
     Returns
     -------
     ndarray (len(rows), sequence_length), int64
     """
+    return _read(dataset, rows)[0].reshape(len(rows), -1)
+
+
+def read_sequences(dataset: Any, rows: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Read rows of a checked data set, each as an array of int64."""
+    return _split(*_read(dataset, rows))
+
+
+def _read(dataset: Any, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Give the ids of rows, one after another, and the rows' lengths."""
     table = dataset.with_format("arrow")[[int(row) for row in rows]]
     column = table.column("input_ids").combine_chunks()
     ids = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(ids, dtype=np.int64).reshape(len(rows), -1)
+    return np.asarray(ids, dtype=np.int64), _row_lengths(table)
+
+
+def _split(ids: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(ids, np.cumsum(lengths)[:-1])
 
 
 def dataset_digest(dataset: Any, rows: int, check: Callable[[np.ndarray], None]) -> str:
@@ -162,15 +209,35 @@ def dataset_digest(dataset: Any, rows: int, check: Callable[[np.ndarray], None])
     dataset : datasets.Dataset
     rows : int
     check : callable
-        Sees all ids on the way, and raises if some are wrong.
+        Sees all ids on the way, (id,), and raises ValueError if some are wrong.
+
+    Raises
+    ------
+    ValueError
+        What `check` says of the first wrong row, with the row's number.
     """
     digest = hashlib.sha256(str(rows).encode())
     for start in range(0, rows, LENGTH_CHECK_ROWS):
-        ids = read_rows(dataset, range(start, min(start + LENGTH_CHECK_ROWS, rows)))
-        check(ids)
-        digest.update(f"{ids.shape[1]}".encode())
+        ids, lengths = _read(dataset, range(start, min(start + LENGTH_CHECK_ROWS, rows)))
+        _check_rows(check, ids, lengths, start)
+        equal = (lengths == lengths[0]).all()
+        digest.update(f"{lengths[0]}".encode() if equal else lengths.tobytes())
         digest.update(ids.tobytes())
     return digest.hexdigest()
+
+
+def _check_rows(
+    check: Callable[[np.ndarray], None], ids: np.ndarray, lengths: np.ndarray, start: int
+) -> None:
+    try:
+        check(ids)
+    except ValueError:
+        for row, own in enumerate(_split(ids, lengths), start):
+            try:
+                check(own)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from None
+        raise
 
 
 def batch_order(num_rows: int, batch_size: int, shuffle: bool, seed: int) -> np.ndarray:

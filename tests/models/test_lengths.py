@@ -101,6 +101,18 @@ def test_a_lens_reads_the_token_that_follows(tmp_path: Path) -> None:
         ({"attn_pattern": True}, "attn_pattern has as many key positions as a sequence"),
         ({"interventions": [Intervention("mean", "mlp_out_0")]}, "takes something from other"),
         ({"interventions": [Intervention("patch", "embed", source=1)]}, "takes something from"),
+        (
+            {"interventions": [Intervention("patch", "queries_0", source=torch.ones(5, 1, 2, 8))]},
+            "takes something from",
+        ),
+        (
+            {"interventions": [Intervention("patch", "queries_0", source=torch.ones(5, 2, 8))]},
+            "the source of 'queries_0' has 5 positions; 'all' are 3 of a sequence of 3 tokens",
+        ),
+        (
+            {"interventions": [Intervention("zero", "embed", positions=[0, 4])]},
+            "position 4 is out of range: a sequence has 3 tokens",
+        ),
         ({"input_ids": []}, "got an empty list"),
         ({"input_ids": "text"}, "a list of sequences of ids; got 'text'"),
         ({"input_ids": [[1, 2], []]}, "sequence 1 of input_ids: input_ids"),
@@ -115,6 +127,20 @@ def test_what_does_not_belong_together_is_refused(change: dict[str, Any], messag
     config = taking(given.pop("positions"), attn_pattern=given.pop("attn_pattern", False))
     with pytest.raises(ValueError, match=message):
         extract(tiny_model("gpt_neox"), config=config, **given)
+
+
+@pytest.mark.parametrize(
+    ("target", "shape"), [("mlp_out_0", (1, 1, 16)), ("queries_0", (1, 2, 8)), ("embed", (16,))]
+)
+def test_a_source_that_is_the_same_for_all_is_put_into_each(
+    target: str, shape: tuple[int, ...]
+) -> None:
+    model = tiny_model("gpt_neox")
+    change = [Intervention("patch", target, "last", source=torch.ones(shape))]
+    cache = extract(model, sequences(), taking("last"), change)
+    for number, ids in enumerate(sequences()):
+        alone = extract(model, ids[None], taking("last"), change)
+        torch.testing.assert_close(cache["logits"][number], alone["logits"][0])
 
 
 def test_caches_that_count_from_the_end_are_put_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from itertools import cycle, islice
 from pathlib import Path
@@ -20,9 +21,12 @@ from basinscope.sampling import data as module
 from basinscope.sampling.data import (
     batch_order,
     check_dataset,
+    check_sequences,
     cycled,
+    dataset_digest,
     observable_rows,
     read_rows,
+    read_sequences,
 )
 
 ROWS = np.random.default_rng(0).integers(0, 50_000, (23, 6))
@@ -150,6 +154,46 @@ def test_the_first_row_of_another_length_is_named(
     named = 1 if odd == 0 else odd  # row 0 sets the length
     with pytest.raises(ValueError, match=rf"length: row 0 has \d tokens, row {named} has \d\."):
         check_dataset(Dataset.from_dict({"input_ids": rows}), "dataset")
+
+
+@pytest.mark.parametrize("kind", ["list", "list of uint16", "large list"])
+def test_rows_of_several_lengths_are_read_as_they_are(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LENGTH_CHECK_ROWS", 5)
+    rows = [row[: 1 + i % 6].tolist() for i, row in enumerate(ROWS)]
+    features = Features({"input_ids": FEATURES[kind]})
+    dataset = Dataset.from_dict({"input_ids": rows}, features=features)
+    assert check_sequences(dataset, "dataset") == [1, 2, 3, 4, 5, 6]
+    assert check_sequences(Dataset.from_dict({"input_ids": ROWS}), "dataset") == [6]
+    found = read_sequences(dataset, [5, 0, 22])
+    assert [ids.tolist() for ids in found] == [rows[5], rows[0], rows[22]]
+    assert all(ids.dtype == np.int64 for ids in found)
+    with pytest.raises(ValueError, match="row 0 has 1 tokens, row 1 has 2"):
+        check_dataset(dataset, "dataset")
+    rows[13] = []
+    with pytest.raises(ValueError, match="row 13 of dataset has no tokens"):
+        check_sequences(Dataset.from_dict({"input_ids": rows}), "dataset")
+    rows[13], rows[8] = [1], [7, None, 7]
+    with pytest.raises(ValueError, match=r"row 8 of dataset has a missing id \(null\)"):
+        check_sequences(Dataset.from_dict({"input_ids": rows}), "dataset")
+
+
+def test_the_digest_is_that_of_ids_and_lengths() -> None:
+    def digest(rows: Any, check: Any = lambda ids: None) -> str:
+        return dataset_digest(Dataset.from_dict({"input_ids": rows}), len(rows), check)
+
+    equal = hashlib.sha256(b"23" + b"6" + ROWS.astype(np.int64).tobytes()).hexdigest()
+    assert digest(ROWS) == equal, "stores that are continued have this one"
+    ids = [[1, 2], [3], [4, 5]], [[1], [2, 3], [4, 5]], [[1, 2], [3, 4], [5]]
+    assert len({digest(rows) for rows in ids}) == 3
+
+    def refuse(ids: np.ndarray) -> None:
+        if 4 in ids:
+            raise ValueError("4 is none")
+
+    with pytest.raises(ValueError, match="row 2: 4 is none"):
+        digest(ids[0], refuse)
 
 
 def test_a_missing_row_is_named() -> None:

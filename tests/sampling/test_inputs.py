@@ -432,7 +432,8 @@ def test_sequences_longer_than_the_model_s_positions(kind: str, refused: Refused
         ({"p": (token_rows(8, 9, 1), None)}, ValueError, ["'p'", "at least 1", "got None"]),
         ({"p": (token_rows(8, 9, 1),)}, (TypeError, ValueError), ["'p'", "batches_per_draw"]),
         ({"p": ()}, (TypeError, ValueError), ["'p'", "batches_per_draw"]),
-        ({"p": (token_rows(8, 9, 1), 1, 2)}, (TypeError, ValueError), ["'p'", "batches_per_draw"]),
+        ({"p": (token_rows(8, 9, 1), 1, 2)}, TypeError, ["'p'", "loss_fn", "got int"]),
+        ({"p": (token_rows(8, 9, 1), 1, len, 2)}, ValueError, ["'p'", "loss_fn", "a tuple of 4"]),
     ],
 )
 def test_bad_observables(observables: Any, kind: Any, parts: list[str], refused: Refused) -> None:
