@@ -7,7 +7,7 @@ import os
 import sys
 
 # Before anything imports triton or torch: without -m gpu, kernels are interpreted, on the CPU
-if "gpu" in sys.argv or "-mgpu" in sys.argv:
+if "-m gpu" in " ".join(sys.argv) or "-mgpu" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "0")
 if os.environ.setdefault("TRITON_INTERPRET", "1") == "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -242,6 +242,11 @@ class SgldUpdate:
                         f"gradient {i} is {_describe(grad)}, "
                         f"its parameter {_describe(self.params[i])}; they must agree"
                     )
+                if grad.layout is not torch.strided:
+                    raise ValueError(
+                        f"gradient {i} is sparse, which no update of all weights can use: make the "
+                        "layer with sparse=False"
+                    )
                 if not grad.is_contiguous():
                     if self._zero_grads:
                         raise ValueError(
@@ -283,7 +288,7 @@ def _check_params(params: list[Tensor]) -> None:
         if param.device != params[0].device:
             raise ValueError(
                 f"parameter {i} is on {param.device}, parameter 0 on {params[0].device}; "
-                "make one SgldUpdate per device"
+                "make one update, or one group of parameters, for each device"
             )
         if not param.is_contiguous():
             raise ValueError(

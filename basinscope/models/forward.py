@@ -37,7 +37,7 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     if is_transformer_lens(model):
         output = model(input_ids, return_type="logits")
     elif is_hugging_face(model):
-        with _one_sequence_per_row():
+        with _one_sequence_per_row(model):
             output = model(input_ids, use_cache=False, return_dict=True)
         if not hasattr(output, "logits"):  # a base model, or a forward of one's own
             output = output[0]
@@ -54,18 +54,20 @@ def token_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_sequence_per_row() -> Iterator[None]:
+def _one_sequence_per_row(model: nn.Module) -> Iterator[None]:
     """Keep transformers from reading positions back, where they are those that all rows share.
 
     It looks for rows in which several sequences are packed: in every forward pass it would wait for
-    a GPU, and a pass that a CUDA graph records would get a mask, and with it other kernels.
+    a GPU, and a pass that a CUDA graph records would get a mask, and with it other kernels. A class
+    that is not of transformers may give positions of its own, packed in all rows alike: looked for.
     """
+    of_transformers = type(model).__module__.startswith("transformers.")
     masking: Any = sys.modules.get("transformers.masking_utils")
     look = getattr(masking, "find_packed_sequence_indices", None)
     if look is not None and not hasattr(look, "looks_by"):
         masking.find_packed_sequence_indices = _look_if_needed(look)
     before = getattr(_thread, "rows_are_whole", False)
-    _thread.rows_are_whole = True
+    _thread.rows_are_whole = of_transformers
     try:
         yield
     finally:

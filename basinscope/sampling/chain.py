@@ -201,17 +201,9 @@ class ChainRunner:
             anchors=self.anchors,
             masks=self.masks,
             param_indices=self.indices,
-            lr=config.lr,
-            n_beta=config.n_beta,
-            localization=config.localization,
-            weight_decay=config.llc_weight_decay,
-            noise_level=config.noise_level,
-            bounding_box_size=config.bounding_box_size,
             zero_grads=job.cuda_graph,
-            rounding=config.weight_rounding,  # type: ignore[arg-type]
             metrics=config.save_metrics,
-            alpha=config.rmsprop.get("alpha"),
-            eps=config.rmsprop.get("eps"),
+            **config.update_settings,
         )
         self.pool = job.pool.to(job.device)
         self.observe = job.evaluator(around=prefix.observing if prefix else None)

@@ -36,6 +36,7 @@ from basinscope.sampling.observables import (
     Around,
     Observable,
     ObservableEvaluator,
+    left_as_found,
     read_observables,
 )
 
@@ -100,7 +101,11 @@ class SamplingJob:
 
     def loss_of(self, own: LossFn | None) -> LossFn:
         """An observable's own loss, or what all others have."""
-        loss = own or self.loss_fn or partial(next_token_loss, head=self.head)
+        loss: LossFn = partial(next_token_loss, head=self.head)
+        if own is not None:
+            loss = partial(_undisturbed, own)
+        elif self.loss_fn is not None:
+            loss = self.loss_fn
         return partial(_with_precision, self, loss) if self.config.autocast else loss
 
     @property
@@ -193,7 +198,7 @@ class SamplingJob:
             "observables": [observable.describe() for observable in self.observables],
             "model": describe_model(self.model),
             "param_masks": describe_masks(self.model, self.masks),
-            "loss_fn": describe_function(self.loss_fn) if self.loss_fn else None,
+            "loss_fn": None if self.loss_fn is None else describe_function(self.loss_fn),
             "datasets": {
                 "sampling": {
                     "rows": self.dataset_rows,
@@ -388,4 +393,9 @@ def check_vocabulary(model: nn.Module, ids: np.ndarray, name: str) -> None:
 
 def _with_precision(job: SamplingJob, loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
     with job.precision():
+        return loss(model, input_ids)
+
+
+def _undisturbed(loss: LossFn, model: nn.Module, input_ids: Tensor) -> Tensor:
+    with left_as_found(model):
         return loss(model, input_ids)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numbers
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -195,9 +195,29 @@ class ObservableEvaluator:
         found = []
         for number, (ids, loss, around) in enumerate(self.batches):
             with around(model, number, ids) if around else nullcontext():
-                found.append(loss(model, ids).float())
+                values = loss(model, ids.clone())  # a caller's function may write there
+            found.append(values.detach().to(ids.device, torch.float32))
         losses = torch.cat(found)
         return {obs_id: losses[rows] for obs_id, rows in self.positions.items()}
+
+
+@contextmanager
+def left_as_found(model: torch.nn.Module) -> Iterator[None]:
+    """Give a model back the modes, gradients and places of its weights after a caller's function.
+
+    Another's next step would otherwise add to gradients that are left there, or never reach weights
+    that are kept elsewhere.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    weights = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, data, gradient, required in weights:
+            parameter.data = data
+            parameter.requires_grad_(required).grad = gradient
 
 
 def _by_loss(observables: list[Observable]) -> list[list[Observable]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from basinscope.kernels.noise import check_address
 from basinscope.kernels.sgld import SgldUpdate
 from basinscope.sampling.config import SamplerConfig
 
@@ -42,7 +44,8 @@ class SGLD(torch.optim.Optimizer):
         ``model.named_parameters()`` or ``model.parameters()``, or groups of them with settings of
         their own (dicts, as of any optimizer). Their order numbers the streams of noise.
     lr, n_beta : float
-        Step size ε and inverse temperature nβ. A scheduler may change ``lr`` between steps.
+        Step size ε and inverse temperature nβ. A scheduler may change ``lr`` between steps; while
+        it is 0 nothing moves.
     localization, noise_level, llc_weight_decay : float
         γ, σ and λ of the equation.
     bounding_box_size : float, optional
@@ -90,10 +93,12 @@ class SGLD(torch.optim.Optimizer):
         init_seed: int = 100,
         chain: int = 0,
     ) -> None:
-        SamplerConfig(lr=lr, n_beta=n_beta, init_seed=init_seed)
-        if isinstance(chain, bool) or not isinstance(chain, int) or chain < 0:
+        init_seed = SamplerConfig(lr=lr, n_beta=n_beta, init_seed=init_seed).init_seed
+        if isinstance(chain, bool) or not isinstance(chain, numbers.Integral) or chain < 0:
             raise ValueError(f"chain must be a whole number, 0 or more; got {chain!r}")
-        self.param_masks = None if param_masks is None else dict(param_masks)
+        chain = int(chain)
+        check_address(seed=init_seed + chain, chain=chain, step=0)
+        self.param_masks: dict[str, Tensor | None] | None = _checked_masks(param_masks)
         defaults = {
             "lr": lr,
             "n_beta": n_beta,
@@ -115,6 +120,7 @@ class SGLD(torch.optim.Optimizer):
             if self._moved(number):
                 self._update(number)  # what does not fit shows here, not at the first step
 
+    @torch.compiler.disable  # kernels take addresses, which a recording would hold on to
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move all parameters once; give what ``closure()`` gives, if there is one."""
@@ -124,7 +130,7 @@ class SGLD(torch.optim.Optimizer):
                 loss = closure()
         for number, group in enumerate(self.param_groups):
             moved = list(self._moved(number))
-            if moved:
+            if moved and group["lr"] != 0:  # as a schedule's first or last may be
                 gradients = [group["params"][i].grad for i in moved]
                 address = {"seed": group["seed"], "chain": group["chain"], "step": group["steps"]}
                 self._update(number).step(gradients, **address)
@@ -133,17 +139,31 @@ class SGLD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, whose w0 is where they are now."""
-        super().add_param_group(param_group)
+        settings = {**self.defaults, **param_group}
+        config = SamplerConfig(**{name: settings[name] for name in SETTINGS})
+        plain = {name: getattr(config, name) for name in SETTINGS}  # which any file can hold
+        super().add_param_group({**param_group, **plain})
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter]["anchor"] = parameter.detach().clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict()`` of another one, w0 and RMSprop's averages included."""
+        absent = [
+            name
+            for name in self.defaults
+            if any(name not in group for group in state_dict["param_groups"])
+        ]
+        if absent:
+            raise ValueError(
+                f"the state to load has no {', '.join(absent[:3])}: it is another optimizer's; "
+                "give what state_dict() of an SGLD gave"
+            )
         super().load_state_dict(state_dict)  # which gives averages the dtype of the parameters
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, saved in state_dict["state"].items():
+        saved_as = [key for group in state_dict["param_groups"] for key in group["params"]]
+        for parameter, key in zip(parameters, saved_as, strict=True):
+            saved = state_dict["state"].get(key, {})
             if "square_avg" in saved:
-                parameter = parameters[number]
                 average = saved["square_avg"].to(parameter.device, copy=True)
                 self.state[parameter]["square_avg"] = average
 
@@ -155,23 +175,27 @@ class SGLD(torch.optim.Optimizer):
         self._updates = {}
 
     def _moved(self, number: int) -> dict[int, Tensor | None]:
-        """Which parameters of a group move, with their masks."""
+        """Which parameters of a group move, with their masks; frozen ones may be of any kind."""
         group, masks = self.param_groups[number], self.param_masks
         if masks is None:
-            return dict.fromkeys(range(len(group["params"])))
+            given = enumerate(group["params"])
+            return {i: None for i, p in given if p.requires_grad or p.grad is not None}
         return {i: masks[name] for i, name in enumerate(group["param_names"]) if name in masks}
 
     def _update(self, number: int) -> SgldUpdate:
         """Give the kernel's step for a group, with its settings as they are now."""
         group = self.param_groups[number]
         config = SamplerConfig(**{name: group[name] for name in SETTINGS})
-        if number in self._updates and self._updates[number][0] == config:
-            return self._updates[number][1]
         moved = self._moved(number)
+        weights = [group["params"][i].detach() for i in moved]
+        if number in self._updates:
+            before, update = self._updates[number]
+            if before == config and _same_places(update.params, weights):
+                return update
         first = sum(len(before["params"]) for before in self.param_groups[:number])
         states = [self.state[group["params"][i]] for i in moved]
         update = SgldUpdate(
-            [group["params"][i].detach() for i in moved],
+            weights,
             anchors=[state["anchor"] for state in states],
             masks=list(moved.values()),
             param_indices=[first + i for i in moved],
@@ -199,3 +223,33 @@ class SGLD(torch.optim.Optimizer):
                 f"param_masks names {', '.join(map(repr, absent[:3]))}, and no such parameter was "
                 f"given; there are {known}"
             )
+
+
+def _checked_masks(
+    param_masks: Mapping[str, Tensor | None] | None,
+) -> dict[str, Tensor | None] | None:
+    """Refuse masks that are none, and those under which nothing would move."""
+    if param_masks is None:
+        return None
+    if not isinstance(param_masks, Mapping):
+        raise TypeError(
+            "param_masks must be a dict of parameter name to bool mask or None; "
+            f"got {type(param_masks).__name__}"
+        )
+    for name, mask in param_masks.items():
+        if mask is not None and not isinstance(mask, Tensor):
+            raise TypeError(
+                f"the mask of {name!r} must be a bool tensor or None; got {type(mask).__name__}"
+            )
+    if not any(mask is None or bool(mask.any()) for mask in param_masks.values()):
+        raise ValueError("param_masks selects no weight at all: nothing would move")
+    return dict(param_masks)
+
+
+def _same_places(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether weights are still where a kernel writes: ``.data`` may have become another tensor."""
+    places = [
+        [(one.data_ptr(), one.device, one.dtype, one.shape, one.stride()) for one in weights]
+        for weights in (before, now)
+    ]
+    return places[0] == places[1]

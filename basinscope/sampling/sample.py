@@ -436,11 +436,12 @@ def _check_observables(job: SamplingJob, model: nn.Module) -> None:
     for observable in job.observables:
         if observable.loss_fn is None:
             continue
-        ids = torch.from_numpy(observable.input_ids[: job.config.batch_size]).to(job.device)
+        few = observable.input_ids[: job.config.batch_size]
+        ids = torch.from_numpy(few.copy()).to(job.device)  # which the function may write to
         values = job.loss_of(observable.loss_fn)(model, ids)
         kind = f"the loss_fn of observable {observable.name!r}"
         _require_shape(values, (len(ids), job.sequence_length - 1), kind)
-        if not torch.isfinite(values).all():
+        if not torch.isfinite(values.float()).all():
             raise ValueError(
                 f"{kind} is not finite at the checkpoint itself, and a chain ends where an "
                 "observable is not: give a number that is, such as 0, where it has no value"
@@ -501,7 +502,7 @@ def _attributes(job: SamplingJob, settings: dict[str, Any]) -> dict[str, Any]:
         **provenance(),
         "torch": torch.__version__,
         "device": str(job.device),
-        "loss": "loss_fn" if job.loss_fn else ("linear head" if job.head else "logits"),
+        "loss": "loss_fn" if job.loss_fn is not None else ("linear head" if job.head else "logits"),
         "linear_layers": "onednn" if job.device.type == "cpu" and uses_onednn() else "torch",
     }
     if config.save_metrics:

@@ -76,6 +76,8 @@ def run_in_workers(
                     process.send_signal(signal.SIGTERM)
             for process in processes:
                 process.wait()
+                assert process.stdin is not None
+                process.stdin.close()
 
 
 def pickled(what: Any, to: Path | IO[bytes], *, names: str, elsewhere: str, instead: str) -> None:
@@ -127,9 +129,10 @@ def _listen(
 
     def read(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                messages.put(json.loads(line))
+        with process.stdout as lines:
+            for line in lines:
+                if line.startswith("{"):
+                    messages.put(json.loads(line))
         messages.put({"ended": process.wait()})
 
     for process in processes:

@@ -80,3 +80,16 @@ def test_packed_rows_are_still_found_elsewhere() -> None:
     packed = model(ids, position_ids=positions, use_cache=False).logits
     second = model(ids[:, 4:], use_cache=False).logits
     torch.testing.assert_close(packed[:, 4:], second)
+
+
+def test_packed_rows_are_found_where_a_class_of_one_s_own_packs_all_rows_alike() -> None:
+    class Packed(type(tiny_model("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+            return super().forward(input_ids, position_ids=positions, **options)
+
+    whole, ids = tiny_model("llama"), torch.randint(40, (3, 9))
+    packed = Packed(whole.config).eval()
+    packed.load_state_dict(whole.state_dict())
+    second = token_logits(whole, ids[:, 4:])
+    torch.testing.assert_close(token_logits(packed, ids)[:, 4:], second)

@@ -197,6 +197,111 @@ def test_a_closure_has_gradients_and_its_value_comes_back() -> None:
     torch.testing.assert_close(weight.detach(), torch.full((3,), 1 - 0.1 / 2 * 2))
 
 
+def test_weights_that_were_put_elsewhere_still_move() -> None:
+    model = nn.Linear(4, 3)
+    sgld = SGLD(model.parameters(), lr=0.1, n_beta=1.0, noise_level=0.0)
+    for value in (1.0, 2.0):
+        nn.utils.vector_to_parameters(torch.full((15,), value), model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        sgld.step()
+        for parameter in model.parameters():
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, value - 0.05))
+    model.double()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"torch.float32 .* its parameter torch.float64 .* agree"):
+        sgld.step()
+
+
+def test_a_compiled_step_is_the_same_step() -> None:
+    weights = [nn.Parameter(torch.zeros(50)) for _ in range(2)]
+    settings = {"lr": 0.1, "n_beta": 1.0, "localization": 3.0}
+    plain, compiled = (SGLD([weight], **settings) for weight in weights)
+    compiled_step = torch.compile(compiled.step, backend="eager")
+    for i in range(3):
+        for weight in weights:
+            weight.grad = torch.full((50,), float(i))  # at another address each time
+        plain.step()
+        compiled_step()
+    assert weights[0].detach().abs().min() > 0
+    assert torch.equal(*weights)
+
+
+def test_frozen_parameters_may_be_of_any_kind_until_they_are_thawed() -> None:
+    moved, later = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5), requires_grad=False)
+    packed = nn.Parameter(torch.zeros(5, dtype=torch.int8), requires_grad=False)
+    sgld = SGLD([packed, moved, later], lr=0.1, n_beta=1.0)
+    moved.grad = torch.zeros(5)
+    sgld.step()
+    assert moved.detach().abs().min() > 0
+    assert not later.detach().any()
+    later.requires_grad_(True).grad = torch.zeros(5)
+    sgld.step()
+    assert later.detach().abs().min() > 0
+
+
+def test_nothing_moves_while_a_schedule_is_at_zero() -> None:
+    weight = nn.Parameter(torch.zeros(5))
+    sgld = SGLD([weight], lr=0.1, n_beta=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgld, lambda step: step / 10)
+    weight.grad = torch.ones(5)
+    sgld.step()
+    assert not weight.detach().any()
+    schedule.step()
+    sgld.step()
+    assert weight.detach().abs().min() > 0
+    assert sgld.param_groups[0]["steps"] == 2
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    weight = nn.Parameter(torch.zeros(5))
+    sgld = SGLD([weight], lr=np.geomspace(1e-3, 1e-1, 3)[1], n_beta=np.float32(2.0),
+                init_seed=np.int64(7), chain=np.int32(1))  # type: ignore[arg-type]  # fmt: skip
+    file = io.BytesIO()
+    torch.save(sgld.state_dict(), file)
+    file.seek(0)
+    (group,) = torch.load(file)["param_groups"]  # which takes plain numbers alone
+    assert (group["n_beta"], group["seed"], group["chain"]) == (2.0, 8, 1)
+
+
+def test_a_group_that_does_not_fit_is_refused_when_it_is_added() -> None:
+    sgld = SGLD([nn.Parameter(torch.zeros(5))], lr=0.1, n_beta=1.0)
+    with pytest.raises(ValueError, match=r"lr .* got -1"):
+        sgld.add_param_group({"params": [nn.Parameter(torch.zeros(5))], "lr": -1.0})
+    assert len(sgld.param_groups) == 1
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    weight = nn.Parameter(torch.zeros(5))
+    sgld = SGLD([weight], lr=0.1, n_beta=1.0)
+    with pytest.raises(ValueError, match=r"has no n_beta, .* what state_dict\(\) of an SGLD gave"):
+        sgld.load_state_dict(torch.optim.Adam([weight]).state_dict())
+
+
+def test_a_state_may_go_by_names() -> None:
+    """As ``torch.distributed.checkpoint`` writes it."""
+    weight = nn.Parameter(torch.zeros(5).bfloat16())
+    settings: dict[str, Any] = {"lr": 1e-3, "n_beta": 3.0, "sampling_method": "rmsprop_sgld"}
+    sgld, other = SGLD([weight], **settings), SGLD([weight], **settings)
+    weight.grad = torch.randn(5).bfloat16()
+    sgld.step()
+    saved = sgld.state_dict()
+    (group,) = saved["param_groups"]
+    other.load_state_dict(
+        {"state": {"w": saved["state"][0]}, "param_groups": [{**group, "params": ["w"]}]}
+    )
+    assert torch.equal(other.state[weight]["square_avg"], sgld.state[weight]["square_avg"])
+
+
+def test_a_sparse_gradient_is_refused() -> None:
+    layer = nn.Embedding(5, 3, sparse=True)
+    sgld = SGLD(layer.parameters(), lr=0.1, n_beta=1.0)
+    layer(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient 0 is sparse, .* sparse=False"):
+        sgld.step()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -207,6 +312,8 @@ def test_a_closure_has_gradients_and_its_value_comes_back() -> None:
         ({"sampling_method_kwargs": {"alpha": 0.9}}, "which takes none"),
         ({"init_seed": -3}, "init_seed .* got -3"),
         ({"chain": -1}, "chain must be a whole number, 0 or more; got -1"),
+        ({"chain": 2**24}, "chain must be at least 0 and below 16777216, got 16777216"),
+        ({"param_masks": {}}, "param_masks selects no weight at all"),
         ({"param_masks": {"weight": None}}, r"give model.named_parameters\(\)"),
     ],
 )
@@ -224,3 +331,10 @@ def test_masks_name_parameters_that_are_there() -> None:
     with pytest.raises(ValueError, match=r"a mask is torch.bool of its parameter's shape"):
         SGLD(layer.named_parameters(), lr=1e-3, n_beta=1.0,
              param_masks={"weight": torch.ones(3, dtype=torch.bool)})  # fmt: skip
+    with pytest.raises(TypeError, match=r"must be a dict of parameter name .* got list"):
+        SGLD(layer.named_parameters(), lr=1e-3, n_beta=1.0, param_masks=["weight"])  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"the mask of 'weight' must be a bool tensor .* got ndarray"
+    ):
+        SGLD(layer.named_parameters(), lr=1e-3, n_beta=1.0,
+             param_masks={"weight": np.ones((2, 2), bool)})  # type: ignore[dict-item]  # fmt: skip

@@ -18,7 +18,7 @@ from basinscope.sampling.execution import check_execution
 from basinscope.sampling.job import prepare_job
 from basinscope.sampling.losses import next_token_loss
 from tests.conftest import token_rows
-from tests.models_small import tiny_model
+from tests.models_small import RawModel, tiny_model
 
 SETTINGS: dict[str, Any] = {
     "lr": 1e-3, "n_beta": 3.0, "localization": 10.0, "num_chains": 2, "num_draws": 6,
@@ -98,6 +98,107 @@ def test_it_sees_its_batches_in_order_without_gradients(tmp_path: Path) -> None:
     assert set(np.unique(tree["loss_own"])) <= {0.0, 1.0}
 
 
+def leaves_gradients(model: nn.Module, input_ids: Tensor) -> Tensor:
+    with torch.enable_grad():
+        losses = next_token_loss(model, input_ids)
+        losses.mean().backward()
+    return losses
+
+
+def leaves_another_mode(model: nn.Module, input_ids: Tensor) -> Tensor:
+    model.train(not model.training)
+    return torch.zeros(len(input_ids), 8)
+
+
+def freezes(model: nn.Module, input_ids: Tensor) -> Tensor:
+    next(model.parameters()).requires_grad_(False)
+    return next_token_loss(model, input_ids)
+
+
+def takes_weights_elsewhere(model: nn.Module, input_ids: Tensor) -> Tensor:
+    weights = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(0.5 * weights, model.parameters())
+    losses = next_token_loss(model, input_ids)
+    nn.utils.vector_to_parameters(weights, model.parameters())
+    return losses
+
+
+def writes_to_its_ids(model: nn.Module, input_ids: Tensor) -> Tensor:
+    input_ids[:, 2] = (input_ids[:, 2] + 1) % 40
+    return next_token_loss(model, input_ids)
+
+
+@pytest.mark.parametrize(
+    ("own", "train_mode"),
+    [
+        (leaves_gradients, False),
+        (leaves_another_mode, False),
+        (leaves_another_mode, True),
+        (freezes, False),
+        (takes_weights_elsewhere, False),
+        (writes_to_its_ids, False),
+    ],
+)
+def test_what_it_leaves_behind_does_not_reach_the_chain(
+    tmp_path: Path, own: Any, train_mode: bool
+) -> None:
+    trees = []
+    for name, one in [("with", own), ("without", lambda *_: torch.zeros(4, 8))]:
+        torch.manual_seed(3)
+        model = RawModel(dropout=0.3).eval()
+        observables = {"own": (OTHER, 2, one), "plain": (OTHER, 2)}
+        path = tmp_path / f"{name}.zarr"
+        trees.append(basinscope.sample(model, DATA, observables, output_path=path,
+                                       train_mode=train_mode, **SETTINGS))  # fmt: skip
+    for name in ["sampling_loss", "loss_plain", "input_ids_own"]:
+        np.testing.assert_array_equal(*(tree[name] for tree in trees))
+
+
+def test_writing_to_ids_changes_those_of_one_call_alone(tmp_path: Path) -> None:
+    still = {"own": writes_to_its_ids, "lr": 1e-20, "noise_level": 0.0}
+    losses = run(tmp_path / "s.zarr", "raw", **still)["loss_own"].values
+    np.testing.assert_array_equal(losses, np.broadcast_to(losses[:, :1], losses.shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64, torch.float16])
+def test_numbers_of_any_kind_are_stored_as_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    tree = run(tmp_path / "s.zarr", "raw", lambda *given: correct(*given).to(dtype))
+    same = run(tmp_path / "same.zarr", "raw", correct)
+    assert tree["loss_own"].dtype == np.float32
+    np.testing.assert_array_equal(tree["loss_own"], same["loss_own"])
+
+
+class Notes(list):  # type: ignore[type-arg]
+    """A function that is false as long as it has no notes."""
+
+    def __call__(self, model: nn.Module, input_ids: Tensor) -> Tensor:
+        return scaled(model, input_ids)
+
+
+def test_a_function_may_be_an_object_that_is_false(tmp_path: Path) -> None:
+    tree = run(tmp_path / "s.zarr", "raw", Notes())
+    np.testing.assert_allclose(tree["loss_own"], 1.5 * tree["loss_plain"] + 1, rtol=1e-5)
+    tree = run(tmp_path / "run.zarr", "raw", None, loss_fn=Notes())
+    assert tree.attrs["loss"] == "loss_fn"
+    assert "Notes" in tree.attrs["metadata"]["config"]["loss_fn"]
+
+
+def test_a_chain_goes_on_from_where_it_failed(tmp_path: Path) -> None:
+    left = [9]
+
+    def fails_once(model: nn.Module, input_ids: Tensor) -> Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError("no more of this")
+        return scaled(model, input_ids)
+
+    path = tmp_path / "s.zarr"
+    with pytest.raises(OSError, match="no more of this"):
+        run(path, "raw", fails_once, checkpoint_every=2)
+    resumed = run(path, "raw", fails_once, checkpoint_every=2)
+    np.testing.assert_array_equal(resumed["loss_own"], run(tmp_path / "w.zarr", "raw")["loss_own"])
+
+
 def test_analyses_take_it_as_an_observable(tmp_path: Path) -> None:
     tree = run(tmp_path / "s.zarr")
     influences = basinscope.compute_bif(tree)["influences"].values
@@ -161,6 +262,10 @@ def a_number(model: nn.Module, input_ids: Tensor) -> float:
     return 1.0
 
 
+def too_large(model: nn.Module, input_ids: Tensor) -> Tensor:
+    return correct(model, input_ids).double() + 1e300
+
+
 def log_of_nothing(model: nn.Module, input_ids: Tensor) -> Tensor:
     return (correct(model, input_ids) * 0).log()
 
@@ -171,6 +276,7 @@ def log_of_nothing(model: nn.Module, input_ids: Tensor) -> Tensor:
         (of_sequences, r"loss_fn of observable 'own' must have shape .* = \(4, 8\).* got \(4,\)"),
         (a_number, r"loss_fn of observable 'own' must have shape .* got float"),
         (log_of_nothing, "loss_fn of observable 'own' is not finite at the checkpoint"),
+        (too_large, "loss_fn of observable 'own' is not finite at the checkpoint"),
         (7, "observable 'own': loss_fn must be a function .* got int"),
     ],
 )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from basinscope.io.store import DONE, PENDING, RUNNING, ChainLockedError, SampleStore, open_store
 from basinscope.io.writer import StoreWriteError
 from basinscope.sampling import chain as chain_module
+from basinscope.sampling import workers
 from basinscope.sampling.chain import Progress
 from basinscope.sampling.job import next_token_loss
 from basinscope.sampling.sample import sample
@@ -324,6 +325,19 @@ def test_what_a_loss_prints_in_a_worker_is_no_report(
 ) -> None:
     run(tmp_path / "s.zarr", workers=2, num_chains=2, loss_fn=print_json_in_a_worker)
     assert '{"loss": 3.5}' in capfd.readouterr().err
+
+
+def test_pipes_to_workers_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def noted(*order: Any) -> subprocess.Popen[str]:
+        started.append(start(*order))
+        return started[-1]
+
+    start = workers._start
+    monkeypatch.setattr(workers, "_start", noted)
+    run(tmp_path / "s.zarr", workers=2, num_chains=2)
+    assert [(p.stdin.closed, p.stdout.closed) for p in started] == [(True, True)] * 2
 
 
 def test_a_worker_whose_parent_is_gone_reports_to_nobody() -> None:
