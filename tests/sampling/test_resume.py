@@ -467,6 +467,7 @@ class Loss:
             return
         if self.steps == self.announce_at:
             print(f"step {self.steps}", flush=True)
+            time.sleep(100 * self.seconds)  # for a signal to arrive at this step
         if self.steps == self.fail_at:
             raise ZeroDivisionError
         if self.steps == self.signal_at:
