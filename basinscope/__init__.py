@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from basinscope.activations import ActivationLoader, ActivationSaver
     from basinscope.analysis.attribution import AttributionStore
     from basinscope.analysis.bif import compute_bif
+    from basinscope.analysis.chance import bif_chance
     from basinscope.analysis.llc import compute_llc
     from basinscope.analysis.reliability import bif_reliability
     from basinscope.analysis.susceptibilities import compute_susceptibilities
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from basinscope.sampling.optimizer import SGLD
     from basinscope.sampling.sample import sample
     from basinscope.sampling.temperature import default_nbeta
-    from basinscope.sampling.tokenize import tokenize_and_concatenate
+    from basinscope.sampling.tokenize import tokenize_and_concatenate, tokenize_texts
 
 _HOME = {
     "sample": "basinscope.sampling.sample",
@@ -45,6 +46,7 @@ _HOME = {
     "compute_llc": "basinscope.analysis.llc",
     "compute_bif": "basinscope.analysis.bif",
     "bif_reliability": "basinscope.analysis.reliability",
+    "bif_chance": "basinscope.analysis.chance",
     "compute_susceptibilities": "basinscope.analysis.susceptibilities",
     "create_param_masks": "basinscope.models.restrictions",
     "all_heads": "basinscope.models.restrictions",
@@ -55,6 +57,7 @@ _HOME = {
     "open_store": "basinscope.io.store",
     "verify": "basinscope.io.verify",
     "tokenize_and_concatenate": "basinscope.sampling.tokenize",
+    "tokenize_texts": "basinscope.sampling.tokenize",
     "default_nbeta": "basinscope.sampling.temperature",
     "extract": "basinscope.models.extraction",
     "ExtractionConfig": "basinscope.models.extraction",
@@ -83,6 +86,7 @@ __all__ = [
     "all_heads",
     "all_layers",
     "bif",
+    "bif_chance",
     "bif_reliability",
     "check_model",
     "compute_bif",
@@ -102,6 +106,7 @@ __all__ = [
     "sample",
     "susceptibilities",
     "tokenize_and_concatenate",
+    "tokenize_texts",
     "verify",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -209,6 +210,8 @@ def bif(
 
         def work() -> xr.Dataset:
             found = compute_bif(store, output_path=output, **options)
+            if query and chains == "stack":
+                found = found.assign(_chance(store, options).data_vars)
             return found if between_tokens else found.compute()
 
         result = _computed(work, plan, profile)
@@ -237,6 +240,8 @@ def bif(
             print_json(tables.partner_figures(result, words))
         else:
             out.print(tables.partner_table(result, 8, 3, words))
+            if chance := tables.chance_note(result):
+                out.print(chance)
             note = f"Sequences: {tables.numbering(result)}. Positions count from 1."
             out.print(note, highlight=False, markup=False)
 
@@ -403,6 +408,26 @@ def _other_kind(store: Path) -> str | None:
             "engine='zarr', consolidated=False)"
         )
     return None
+
+
+def _chance(store: Path, options: Mapping[str, Any]) -> xr.Dataset:
+    """What queries' influences reach by chance; nothing where there are too few chains to tell."""
+    import xarray as xr
+
+    from basinscope.analysis.chance import bif_chance
+    from basinscope.analysis.stores import open_samples
+
+    same = ("queries", "loss_keys", "compute_covariance", "allow_incomplete", "memory_limit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the search says what is left out
+        if len(open_samples(store, options["allow_incomplete"]).chains) < 3:
+            return xr.Dataset()
+        found = bif_chance(
+            store,
+            batch_index_range=options["batch_index_range_2"],
+            **{name: options[name] for name in same},
+        )
+    return found.drop_attrs()
 
 
 def _parse_query(text: str) -> tuple[int, int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from basinscope.report.console import out, readable_errors, short_warnings
 from basinscope.sampling.numbers import GRAMMAR, parse_numbers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def extract(
@@ -30,7 +34,10 @@ def extract(
     positions: Annotated[
         str,
         typer.Option(
-            "--positions", "--position", help=f"Tokens: {GRAMMAR}; also last, -1, 2: and :8."
+            "--positions",
+            "--position",
+            help=f"Tokens: {GRAMMAR}; also last, -1, 2: and :8. Where sequences have several "
+            "lengths, all from the start or all from the end.",
         ),
     ] = "all",
     average: Annotated[bool, typer.Option("--average", help="Average over the tokens.")] = False,
@@ -39,21 +46,41 @@ def extract(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 8,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence, where the data is text.")
+        int | None,
+        typer.Option(
+            help="Of text: tokens in a sequence; with --each-text the most, longer texts keep "
+            "their first ones."
+        ),
     ] = None,
+    each_text: Annotated[
+        bool,
+        typer.Option(
+            "--each-text",
+            help="Make each text a sequence of its own (a row of the text column, a line of a text "
+            "file), of as many tokens as it has.",
+        ),
+    ] = False,
+    column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
+    bos: Annotated[
+        bool, typer.Option(help="Begin each sequence of text with the tokenizer's BOS token.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     unembedding: Annotated[
         bool, typer.Option(help="Store the unembedding too, for basinscope lens.")
     ] = True,
 ) -> None:
-    """Stream activations of a data set to a store. The same command continues a stopped run."""
+    """Stream activations of a data set to a store. The same command continues a stopped run.
+
+    Token ids (a column input_ids) are taken as they are. Text is tokenized, joined and cut into
+    sequences of --max-length tokens; or with --each-text, each text is a sequence.
+    """
     with readable_errors(), short_warnings():
         from basinscope.extraction import extract_dataset
         from basinscope.models.extraction import ExtractionConfig
         from basinscope.models.positions import parse_positions
         from basinscope.sampling.job import choose_device
-        from basinscope.sampling.loading import load_model, load_tokens
+        from basinscope.sampling.loading import load_model, load_texts, load_tokens
 
         kinds = what or ["resid_out", "last_layernorm"]
         _refuse_unknown(kinds)
@@ -64,11 +91,18 @@ def extract(
             average=average,
         )
         place = choose_device(device)
-        dataset = load_tokens(data, model, max_length=max_length)
-        if rows is not None:
-            dataset = dataset.select(range(min(rows, len(dataset))))
+        text: dict[str, Any] = {"max_length": max_length, "column": column, "add_bos_token": bos}
+        if each_text:
+            dataset = load_texts(data, model, rows=rows, **text)
+        else:
+            dataset = load_tokens(data, model, **text)
+            if rows is not None:
+                dataset = dataset.select(range(min(rows, len(dataset))))
+        loaded = load_model(model, dtype).to(place)
+        if each_text:
+            _refuse_long(dataset, loaded, max_length)
         tree = extract_dataset(
-            load_model(model, dtype).to(place),
+            loaded,
             dataset,
             config,
             output=output,
@@ -81,6 +115,27 @@ def extract(
             f"{output}: {len(tree.data_vars)} arrays of {len(dataset):,} sequences, "
             f"{gigabytes:,.2f} GB. Next: basinscope {following}",
             soft_wrap=True,
+        )
+
+
+def _refuse_long(texts: Dataset, model: Any, max_length: int | None) -> None:
+    """Refuse texts that are longer than what the model was made for.
+
+    Where a length was asked for, only those for which it has no positions.
+    """
+    from basinscope.models.forward import max_sequence_length, trained_length
+    from basinscope.sampling.tokenize import token_counts
+
+    limit = trained_length(model) if max_length is None else max_sequence_length(model)
+    if limit is None:
+        return
+    counts = token_counts(texts)
+    longer = np.flatnonzero(counts > limit)
+    if longer.size:
+        raise ValueError(
+            f"texts with more tokens than the {limit} that the model is made for: {longer.size} of "
+            f"{len(texts)} (text {longer[0]} has {counts[longer[0]]}). Leave them out, or give "
+            f"--max-length {limit}, which keeps the first {limit} tokens of each"
         )
 
 

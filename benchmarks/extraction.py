@@ -1,29 +1,45 @@
-"""Extracting activations: what the hooks cost, and how much a streamed data set holds.
+"""Extracting activations: what hooks cost, rows of several lengths, what a stream holds.
 
     python -m benchmarks.extraction [--rounds 15]
 
 Hooks: the residual stream after every layer, all positions, against a bare forward pass of the same
 batch, without gradients: through all of the model ("forward"), and of its layers alone, without
-the head ("layers"), which is all that an extraction without logits runs. Memory: the same
-activations of a data set, 2 GB of them, streamed to a store by a process of its own; "growth_mib"
-is its peak beyond what it held with the model loaded, before any forward pass.
+the head ("layers"), which is all that an extraction without logits runs.
+
+Lengths: paragraphs of the running Python's docstrings, a token for each word and mark, cut at the
+model's longest sequence; the residual stream at the last token after every layer, to a store. Whole
+calls of `extract_dataset` against such calls with batches of one ("batches of one"), and against a
+loop of `extract` over the rows that stores nothing ("extract row by row"); "rows_per_pass" is of
+ours.
+
+Memory: the residual stream of a data set, all positions, 2 GB of it, streamed to a store by a
+process of its own; "growth_mib" is its peak beyond what it held with the model loaded, before any
+forward pass.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
+import zlib
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.harness import own_peak_memory, paired, parser, record
 from benchmarks.sampling import SIZES, inputs
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from basinscope.models.extraction import ExtractionConfig
+
 MIB = 2**20
+TEXTS = {"toy": 12, "1M": 2000, "27M": 400}
 
 
 def main() -> None:
@@ -40,7 +56,11 @@ def main() -> None:
         for against in ("forward", "layers"):
             settings = {"size": size, "against": against, **threads}
             record(asked.out, "extraction hooks", settings, hooks(size, against, asked.rounds))
-    size, gigabytes = ("toy", 0.01) if asked.toy else ("27M", asked.gigabytes)
+        for against in ("batches of one", "extract row by row"):
+            settings = {"size": size, "against": against, **threads}
+            rounds = min(asked.rounds, 7)  # they last longer
+            record(asked.out, "extraction lengths", settings, lengths(size, against, rounds))
+    size, gigabytes = ("toy", 0.001) if asked.toy else ("27M", asked.gigabytes)
     command = [sys.executable, "-m", "benchmarks.extraction"]
     command += ["--stream", size, "--gigabytes", str(gigabytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -85,12 +105,76 @@ def seconds(work: Any) -> float:
     return time.perf_counter() - start
 
 
+def lengths(size: str, against: str, rounds: int) -> dict[str, Any]:
+    """Pair whole calls on texts of several lengths with others that run row by row."""
+    from basinscope.models.extraction import ExtractionConfig, extract
+
+    model, texts = inputs(size)[0].eval(), some_texts(size)
+    config = ExtractionConfig(resid_out=True, target_token_positions="last")
+    store = partial(to_store, model, texts, config, save_unembedding=False)
+    ours, peer = partial(store, batch_size=SIZES[size]["batch"]), partial(store, batch_size=1)
+    if against == "extract row by row":
+        peer = partial(one_by_one, partial(extract, model, config=config), texts)
+    tokens = sum(map(len, texts["input_ids"]))
+    figures = paired(ours, peer, rounds)
+    return {
+        "texts": len(texts),
+        "mean_length": round(tokens / len(texts), 1),
+        "rows_per_pass": round(len(texts) / count_passes(model, config, ours), 2),
+        "ours_tokens_per_s": round(tokens / figures["ours_s"]),
+        "peer_tokens_per_s": round(tokens / figures["peer_s"]),
+        **figures,
+    }
+
+
+@cache
+def some_texts(size: str) -> Dataset:
+    """Give paragraphs of docstrings, spread evenly over the standard library, as token ids."""
+    from datasets import Dataset
+
+    from basinscope.demo import standard_library_texts
+
+    prose = standard_library_texts()["prose"]
+    paragraphs = [part for text in prose for part in text.split("\n\n") if part.strip()]
+    chosen = paragraphs[:: len(paragraphs) // TEXTS[size]][: TEXTS[size]]
+    vocabulary, longest = SIZES[size]["vocab"], 2 * SIZES[size]["tokens"]
+    pieces = [re.findall(r"\w+|[^\w\s]", text)[:longest] for text in chosen]
+    ids = [[zlib.crc32(piece.encode()) % vocabulary for piece in text] for text in pieces]
+    return Dataset.from_dict({"input_ids": ids})
+
+
+def to_store(model: Any, data: Dataset, config: ExtractionConfig, **options: Any) -> None:
+    from basinscope.extraction import extract_dataset
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-extraction-") as directory:
+        output = Path(directory) / "activations.zarr"
+        extract_dataset(model, data, config, output=output, progress=False, **options)
+
+
+def one_by_one(extract: Any, texts: Dataset) -> list[Any]:
+    return [extract(torch.tensor([ids])) for ids in texts["input_ids"]]
+
+
+def count_passes(model: Any, config: ExtractionConfig, work: Any) -> int:
+    """How often work runs the model, beside the runs that find where to read."""
+    from basinscope.models.extraction import Extractor
+
+    seen: list[int] = []
+    listening = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    try:
+        Extractor(model, config)
+        looking = len(seen)
+        work()
+    finally:
+        listening.remove()
+    return len(seen) - 2 * looking
+
+
 def stream(size: str, gigabytes: float) -> int:
     """Stream so many activations; give the growth of this process in bytes."""
     import psutil
     from datasets import Dataset
 
-    from basinscope.extraction import extract_dataset
     from basinscope.models.extraction import ExtractionConfig
 
     model, dataset, _ = inputs(size)
@@ -100,15 +184,7 @@ def stream(size: str, gigabytes: float) -> int:
     data = Dataset.from_dict({"input_ids": ids[torch.arange(count) % len(ids)].numpy()})
     del ids
     before = psutil.Process().memory_info().rss
-    with tempfile.TemporaryDirectory(prefix="benchmark-extraction-") as directory:
-        extract_dataset(
-            model,
-            data,
-            ExtractionConfig(resid_out=True),
-            output=Path(directory) / "activations.zarr",
-            batch_size=SIZES[size]["batch"],
-            progress=False,
-        )
+    to_store(model, data, ExtractionConfig(resid_out=True), batch_size=SIZES[size]["batch"])
     return own_peak_memory() - before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import basinscope
 from benchmarks import (
     analysis,
     attribution,
+    extraction,
     harness,
     kernels,
     layers,
@@ -78,6 +80,27 @@ def test_attribution_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     line = json.loads(out.read_text())
     assert line["targets"] == 5 * 16 + 64 + 16
     assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
+
+
+def test_extraction_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "extraction.jsonl"
+    monkeypatch.setattr(sys, "argv", ["extraction", "--toy", "--rounds", "1", "--out", str(out)])
+    extraction.main()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["benchmark"].split()[1] for line in lines] == [
+        *["hooks"] * 2,
+        *["lengths"] * 2,
+        "memory",
+    ]
+    assert {line["rows_per_pass"] for line in lines[2:4]} == {rows_per_pass("toy")}
+
+
+def rows_per_pass(size: str) -> float:
+    """Rows of one length fill batches; one row runs before, to see how much each gives."""
+    counts = Counter(map(len, extraction.some_texts(size)["input_ids"]))
+    batch = sampling.SIZES[size]["batch"]
+    passes = 1 + sum(-(-count // batch) for count in counts.values())
+    return round(sum(counts.values()) / passes, 2)
 
 
 def test_bfloat16_weights_diffuse_as_documented() -> None:

@@ -323,10 +323,16 @@ def test_analyses_from_the_shell_are_those_from_python(folder: Path) -> None:
     expected = basinscope.compute_bif(store, top_k=2, queries=[(1, 3)], loss_keys=["first"])
     assert np.shape(found["influences"]) == (2, 1, 2)
     np.testing.assert_allclose(found["influences"], expected.influences, rtol=1e-5)
+    chance = basinscope.bif_chance(store, [(1, 3)], loss_keys=["first"]).compute()
+    for name in ("by_chance", "noise", "reliability"):
+        assert found[name] == pytest.approx(chance[name].values.tolist(), rel=1e-5)
     assert (found["query_batch"], found["query_target_position"]) == ([1], [3])
     assert found["observables"] == expected.attrs["observables"]
     shown = invoke(*asked).output
     assert "1:3" in shown
+    assert f"±{found['by_chance'][0]:.3f}" in shown
+    assert "By chance: what the strongest of as many unrelated tokens reaches." in shown
+    assert "by chance" not in invoke(*asked, "--chains", "mean").output
     assert f"Sequences: 0 to {found['observables']['first'] - 1} first." in shown
 
     written = folder / "bif.zarr"
@@ -419,6 +425,8 @@ def test_susceptibilities_from_the_shell(folder: Path) -> None:
         dict(zip(("full", "l0"), stores, strict=False)), "first"
     )
     mean = float(expected["susceptibilities"]["sus"].mean())
+    error = float(np.sqrt(np.square(expected["susceptibilities"]["sus_mcse"]).mean()))
+    assert found[0]["error"] == pytest.approx(error)
     assert found[0]["mean"] == pytest.approx(mean)
     table = invoke("susceptibilities", *stores, "--task", "first", "-o", folder / "sus.zarr")
     assert f"{mean:+.3e}" in table.output

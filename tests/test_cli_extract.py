@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import typer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from basinscope import cli
@@ -95,6 +97,73 @@ def test_rows_of_several_lengths_are_stored(folder: Path) -> None:
     assert "are other ones in each of sequences of 4 to 8 tokens" in " ".join(
         refused.output.split()
     )
+
+
+@pytest.fixture
+def prompts(folder: Path) -> Path:
+    """A text file with lines of several lengths, and a tokenizer beside the model."""
+    words = {word: n for n, word in enumerate(["<bos>", "<eos>", *"abcdefgh"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder / "model")
+    path = folder / "prompts.txt"
+    path.write_text("a b c\nd\n\na b c d e f\ng h\n")
+    return path
+
+
+def test_each_text_is_a_sequence(folder: Path, prompts: Path) -> None:
+    options = ["-o", folder / "a.zarr", "--each-text", "--position", "-2,-1"]
+    done = run(folder / "model", prompts, *options)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "are left out: 1 of 5; sequences are numbered without them" in said
+    assert "arrays of 4 sequences" in said
+    tree = open_activations(folder / "a.zarr")
+    rows = [[0, 2, 3, 4], [0, 5], [0, 2, 3, 4, 5, 6, 7], [0, 8, 9]]
+    assert [row[row >= 0].tolist() for row in tree["input_ids"].values] == rows
+    config = ExtractionConfig(resid_out=True, target_token_positions=[-2, -1])
+    for number, row in enumerate(rows):
+        alone = extract_batch(tiny_model("gpt_neox"), torch.tensor([row]), config)
+        np.testing.assert_allclose(
+            tree["resid_out_1"].values[number], alone["resid_out_1"][0].numpy(), atol=1e-6
+        )
+    asked = ["lens", str(folder / "a.zarr"), "--example", "3", "--text", "--json"]
+    shown = CliRunner().invoke(cli.app, asked)
+    assert shown.exit_code == 0, shown.output
+    figures = json.loads(shown.stdout)
+    assert (figures["positions"], figures["input_ids"]) == (["-2", "-1"], [8, 9])
+
+
+def test_each_text_is_as_long_as_the_model_takes(folder: Path, prompts: Path) -> None:
+    limit = tiny_model("gpt_neox").config.max_position_embeddings
+    long = folder / "long.jsonl"
+    lines = [{"prompt": "a b"}, {"prompt": "a " * limit}, {"prompt": "c"}]
+    long.write_text("\n".join(map(json.dumps, lines)))
+    options = ["-o", folder / "a.zarr", "--each-text", "--position", "last", "--column", "prompt"]
+    refused = run(folder / "model", long, *options)
+    assert refused.exit_code == 2
+    said = " ".join(refused.output.split())
+    assert f"than the {limit} that the model is made for: 1 of 3 (text 1 has {limit + 1})" in said
+    assert not (folder / "a.zarr").exists()
+    cut = run(folder / "model", long, *options, "--max-length", limit, "--no-bos")
+    assert cut.exit_code == 0, cut.output
+    assert open_activations(folder / "a.zarr")["input_ids"].shape == (3, limit)
+    shorter = run(folder / "model", long, *options[2:], "-o", folder / "b.zarr", "--max-length", 3)
+    assert "texts with more than 3 tokens: 1 of 3" in " ".join(shorter.output.split())
+
+
+def test_text_needs_to_be_told_how_to_become_sequences(folder: Path, prompts: Path) -> None:
+    plain = run(folder / "model", prompts, "-o", folder / "a.zarr")
+    assert plain.exit_code == 2
+    said = " ".join(plain.output.split())
+    assert "it needs max_length (tokens per row; --max-length in a shell)" in said
+    assert said.count("--each-text") == 1
+    ids = invoke(folder, "--each-text")
+    assert ids.exit_code == 2
+    assert "leave --each-text out" in " ".join(ids.output.split())
 
 
 @pytest.mark.parametrize("options", [("--layers", "0:2"), ("--layer", "1,0:1")])

@@ -428,7 +428,7 @@ def _strongest_partners(problem: Problem, blocks: Blocks) -> Contents:
     k = options.top_k
     found: list[Any] = []  # of Delayed
     for at in cuts(len(sequences), blocks.queries):
-        asked = _queries(problem, sequences[at], tokens[at], blocks.output, found[-1:])
+        asked = queries_of(problem, sequences[at], tokens[at], blocks.output, found[-1:])
         parts = [
             delayed(best_partners)(
                 asked, (sequences[at], tokens[at]), problem.rows_2[block], k,
@@ -478,7 +478,7 @@ def _at_positions(partners: Partners, positions: np.ndarray) -> Partners:
     return partners._replace(tokens=np.where(tokens < 0, -1, positions[tokens.clip(1) - 1]))
 
 
-def _queries(
+def queries_of(
     problem: Problem, sequences: np.ndarray, tokens: np.ndarray, block: int, after: list[Delayed]
 ) -> Delayed:
     """Gather the traces of queries, reading each sequence once; wait for what is before."""

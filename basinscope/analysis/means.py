@@ -67,7 +67,7 @@ def loss_totals(part: Part) -> tuple[np.ndarray, np.ndarray]:
     return of_rows, of_tokens
 
 
-def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> np.ndarray:
+def weighted_means(parts: list[Any], weights: list[np.ndarray] | None = None) -> np.ndarray:
     """Average (weight times) loss over (chain, row), in one pass.
 
     Parameters
@@ -79,15 +79,15 @@ def weighted_mean(parts: list[Any], weights: list[np.ndarray] | None = None) -> 
 
     Returns
     -------
-    np.ndarray (batch, token_pos)
-        float64.
+    np.ndarray (chain, batch, token_pos)
+        float64; each chain's part of the average, which is their sum.
     """
-    total = np.zeros(parts[0].shape[2:])
+    totals = np.zeros((len(parts), *parts[0].shape[2:]))
     for chain, part in enumerate(parts):
         weight = np.ones(part.shape[1]) if weights is None else weights[chain]
         for (_, row, sequence, token), values in chunks_of(part):
-            total[sequence, token] += sums.weighted_totals(values[0], weight[row])
-    return total / sum(part.shape[1] for part in parts)
+            totals[chain, sequence, token] += sums.weighted_totals(values[0], weight[row])
+    return totals / sum(part.shape[1] for part in parts)
 
 
 def mean_losses(

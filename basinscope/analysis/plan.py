@@ -19,6 +19,8 @@ CHUNK_COPIES = 3  # of one chunk while it is read: encoded, decoded, and what is
 OUTPUT_BLOCK_BYTES = 2**29  # most of one block of influences
 TRACES_BLOCK_BYTES = 2**26  # about one block of traces, where all of them are held
 SEQUENCES_BYTES = 2**30  # most that one task of susceptibilities streams, of more than a chunk
+PRODUCTS_AT_ONCE = 4  # of draws with each other: made by a task, and waiting to be added
+PAIRS_BYTES = 2**24  # of pairs within sequences, and of their traces, that are made together
 QUERY_PANEL = 256  # queries whose products with a block of candidates are looked at together
 AMPLIFIED = 2.0  # blocks that would decode a byte more often than this are made larger, if held
 COPIED = 8.0  # more often than this, and than from a copy, and they are read from a copy
@@ -178,7 +180,7 @@ def plan_means(estimator: str, layouts: Sequence[Layout]) -> Plan:
 
 
 def plan_susceptibilities(
-    task: Sequence[Layout], probes: Sequence[Layout], restrictions: int
+    task: Sequence[Layout], probes: Sequence[Layout], restrictions: int, chains: int = 1
 ) -> Plan:
     """Plan susceptibilities: the task's losses of every store, then each probe's, once each.
 
@@ -190,13 +192,15 @@ def plan_susceptibilities(
         Of the probes' losses, over all stores.
     restrictions : int
         Stores besides the unrestricted one.
+    chains : int
+        Of a store, at most.
     """
     means = plan_means("susceptibilities", [*task, *probes])
     tokens = sum(probe.shape[2] * probe.shape[3] for probe in probes)
     widest = (max(at.stop - at.start for at in sequence_blocks(probe)) for probe in probes)
     block = max(8 * rows * probe.shape[3] for rows, probe in zip(widest, probes, strict=True))
-    output = 8 * tokens * restrictions // max(1, restrictions + 1)
-    peak = means.peak_memory + 3 * block * workers()
+    output = 2 * 8 * tokens * restrictions // max(1, restrictions + 1)  # and their errors
+    peak = means.peak_memory + (3 + 3 * chains) * block * workers()
     return replace(
         means,
         peak_memory=peak,
@@ -348,6 +352,26 @@ def plan_influence(
     if problem.kind == "top_k":
         return _plan_top_k(problem, memory_limit, block)
     return _plan_tokens(problem, memory_limit, block)
+
+
+def plan_reliability(problem: Influence, memory_limit: int, chains: int) -> tuple[Plan, Blocks]:
+    """Plan the reliability of influences, of which it makes those within sequences alone."""
+    count, row, chunk = workers(), _row_bytes(problem), _chunk(problem)
+    rows, products = problem.rows_1, 8 * problem.samples**2
+    a_task = chunk + PRODUCTS_AT_ONCE * products + 3 * max(PAIRS_BYTES, row)
+    most = ((memory_limit - products) // count - a_task) // row
+    chosen = max(1, min(_trace_block(problem, row), most, len(rows)))
+    plan = Plan(
+        "the reliability of influences", problem.bytes_of(np.unique(rows)),
+        problem.sweep(rows, chosen), products + count * (a_task + chosen * row),
+        8 * (chains**2 + 1),
+        2 * len(rows) * (problem.tokens if problem.kind == "token" else 1) * problem.samples**2,
+        2 * _cuts(rows, chosen), count, products + count * (a_task + row),
+    )  # fmt: skip
+    blocks = Blocks(chosen, chosen, held=False)
+    if problem.kind == "sequence":
+        return plan, blocks
+    return _with_copy(problem, plan, blocks, len(rows) * row)
 
 
 def _plan_tokens(problem: Influence, limit: int, block: int | None) -> tuple[Plan, Blocks]:

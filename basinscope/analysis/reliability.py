@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +14,9 @@ from dask.delayed import delayed
 from basinscope.analysis.bif import TRACES, BifOptions, Problem, cuts
 from basinscope.analysis.graphs import arrays_in
 from basinscope.analysis.memory import parse_memory_limit
-from basinscope.analysis.plan import Blocks, Plan, plan_influence, workers
+from basinscope.analysis.plan import PAIRS_BYTES, Plan, plan_reliability
+from basinscope.analysis.shares import noise_of, shares_of, without_lengths
 from basinscope.analysis.stores import open_samples
-
-SUMS_AT_ONCE = 3  # of a block: the product, the sum so far, and what is made of both
 
 
 def bif_reliability(
@@ -35,15 +34,23 @@ def bif_reliability(
 
     An influence over the stacked draws of C chains is a sum of independent shares: one of each
     chain, about its own mean, and C - 1 of directions in which the chains' means differ. m shares
-    s_i of a kind differ by noise alone, which over the pairs of different sequences gives their sum
-    the variance that would not come again, as in Cronbach's alpha (Cronbach 1951, "Coefficient
-    alpha and the internal structure of tests"):
+    s_i of a kind, w_i of the draws each, differ by noise alone. Over the pairs of different
+    sequences it gives their sum the variance that would not come again, as in Cronbach's alpha
+    (Cronbach 1951, "Coefficient alpha and the internal structure of tests"), which has w_i = 1/m:
 
-        noise = m / (m - 1) * (sum_i var(s_i) - var(sum_i s_i) / m)
+        noise = var(sum_i s_i) - sum_{i≠j} cov(s_i, s_j) / (1 - sum_i w_i²)
         reliability = 1 - (noise of both kinds) / var(influence)
 
+    A correlation divides by the lengths of both traces, which have the same noise: to first order a
+    share is s_i - r (a_i + b_i) / 2, with a_i and b_i its shares of the two squared lengths, and r
+    the mean influence. Without it, losses that all rise and fall together would seem unreliable.
+
     Influences from as many other chains would correlate with these by about as much, and k times as
-    many chains have the reliability k a / (1 + (k - 1) a), where these have a.
+    many chains have the reliability k a / (1 + (k - 1) a), where these have a. Simulated chains of
+    many kinds keep to that within 0.1. Beyond it are: fewer than ten pairs, and losses with rare
+    high peaks (too low, by up to 0.2). What chains have in common counts as reliable, though it
+    would not come again: the noise of batches that they share, where it moves them as much as their
+    own; and the way up from the checkpoint, where draws of it are left in.
 
     The influences themselves are not made: it takes one pass over the losses, and for T traces of n
     draws 2 T n² operations.
@@ -67,7 +74,7 @@ def bif_reliability(
         Lazy.
 
         - ``reliability``: from 0, noise alone, to 1; chance may take it below 0. NaN for two
-          chains, whose means differ in one direction only
+          chains, whose means differ in one direction only, and for a single pair
         - ``agreement (chain, chain_T)``: correlation of what two chains alone say of the same
           pairs. One that agrees with the others by less than they do is at a place of its own
 
@@ -88,21 +95,20 @@ def bif_reliability(
         samples, allow_incomplete, correlation_method, loss_keys, batch_index_range,
         average_tokenwise_bif, compute_covariance,
     )  # fmt: skip
-    plan, blocks = _planned(problem, limit)
+    kind, draws = problem.options.kind, _draws(problem)
+    plan, blocks = plan_reliability(problem.size, limit, len(draws))
     plan.validate(limit)
     if blocks.copied:
         problem.traces.copy()
 
-    kind, draws = problem.options.kind, _draws(problem)
     parts: list[Any] = [
         delayed(_sums)(kind, compute_covariance, draws, *problem.traces.block(rows))
         for rows in (problem.rows_1[at] for at in cuts(len(problem.rows_1), blocks.output))
     ]
-    while len(parts) > 1:
-        parts = [delayed(_added)(parts[i : i + 2]) for i in range(0, len(parts), 2)]
+    total = reduce(delayed(_added), parts)  # one after another, so that few wait
     chains = len(draws)
     members = {"reliability": ((), np.float64), "agreement": ((chains, chains), np.float64)}
-    found = arrays_in(delayed(_judge)(parts[0], draws), members)
+    found = arrays_in(delayed(_judge)(total, draws, compute_covariance), members)
     variables = {
         "reliability": xr.Variable(
             (), found["reliability"], {"long_name": "reliability of influences", "units": "1"}
@@ -133,7 +139,8 @@ def plan_bif_reliability(
         samples, allow_incomplete, correlation_method, loss_keys, batch_index_range,
         average_tokenwise_bif, compute_covariance,
     )  # fmt: skip
-    return _planned(problem, parse_memory_limit(memory_limit))[0]
+    limit = parse_memory_limit(memory_limit)
+    return plan_reliability(problem.size, limit, len(_draws(problem)))[0]
 
 
 class Sums(NamedTuple):
@@ -141,24 +148,21 @@ class Sums(NamedTuple):
 
     Attributes
     ----------
-    products : np.ndarray (place, place)
-        Of the places of traces with each other, over all traces; a share has some of the places.
-    total : np.ndarray (place,)
-        Sum of all traces.
-    within : np.ndarray (share, share)
-        Products of two shares' influences, over the pairs within sequences.
-    total_within : np.ndarray (share,)
-        Sum of each share's influences within sequences.
-    traces, pairs_within : int
-        How many there are; those without variance do not count.
+    products : np.ndarray (draw, draw)
+        Of the draws of traces with each other, over all traces but those without variance.
+    weighted : np.ndarray (1 + share, draw)
+        Sum of all traces, plain and times each share of their squared length.
+    weights : np.ndarray (1 + share, 1 + share)
+        Products of 1 and these shares with each other, over all traces.
+    within : np.ndarray (1 + 2 share, 1 + 2 share)
+        Products of 1, each share of an influence, and each share of the mean squared length of its
+        two traces with each other, over the pairs within sequences.
     """
 
     products: np.ndarray
-    total: np.ndarray
+    weighted: np.ndarray
+    weights: np.ndarray
     within: np.ndarray
-    total_within: np.ndarray
-    traces: int
-    pairs_within: int
 
 
 def _problem(
@@ -188,91 +192,89 @@ def _draws(problem: Problem) -> list[int]:
     return [part.shape[1] for part in problem.traces.losses[0]]
 
 
-def _planned(problem: Problem, limit: int) -> tuple[Plan, Blocks]:
-    """Plan it as influence that is averaged over tokens, and its sums besides."""
-    size = problem.size
-    one_pass = replace(size, kind="sequence" if size.kind == "sequence" else "average")
-    sums = SUMS_AT_ONCE * workers() * 8 * size.samples**2
-    plan, blocks = plan_influence(one_pass, limit - sums, None)
-    per_sequence = size.tokens if size.kind == "token" else 1
-    return replace(
-        plan,
-        estimator="the reliability of influences",
-        peak_memory=plan.peak_memory + sums,
-        least_memory=plan.least_memory + sums,
-        output_bytes=8 * (len(problem.samples.chains) ** 2 + 1),
-        flops=2 * len(problem.rows_1) * per_sequence * size.samples**2,
-    ), blocks
-
-
 def _sums(kind: str, covariance: bool, draws: list[int], *block: Any) -> Sums:
-    traces = TRACES[kind](covariance, *block)
+    of_tokens = "sequence" if kind == "sequence" else "token"
+    traces = TRACES[of_tokens](covariance, *block)
     traces = traces.reshape(len(traces), -1, traces.shape[-1])  # of one token, or of all
-    known = np.isfinite(traces).all(axis=-1)
+    lengths = [_squared_lengths(traces[at], draws) for at in _groups(traces, draws)]
+    norms = np.concatenate(lengths, axis=1)
+    if kind == "average":
+        traces, norms = traces.mean(axis=1, keepdims=True), norms.mean(axis=2, keepdims=True)
+    known = np.isfinite(norms).all(axis=0)
     if not known.all():
-        traces = np.where(known[..., None], traces, 0)
-    shares = _shares(traces, draws)
-    within = np.stack([(own @ own.swapaxes(1, 2)).ravel() for own in shares]).astype(np.float64)
-    joined = np.concatenate(shares, axis=-1)
-    flat = joined.reshape(-1, joined.shape[-1])
-    counts = known.sum(axis=1)
-    return Sums(
-        products=(flat.T @ flat).astype(np.float64),
-        total=flat.sum(axis=0, dtype=np.float64),
-        within=within @ within.T,
-        total_within=within.sum(axis=1),
-        traces=int(counts.sum()),
-        pairs_within=int((counts**2).sum()),
-    )
+        traces[~known], norms[:, ~known] = 0, 0
+    weights = np.concatenate([known[None], norms]).astype(traces.dtype)
+    flat, flat_weights = traces.reshape(-1, traces.shape[-1]), weights.reshape(len(weights), -1)
+    within = sum(_within(traces[at], weights[:, at], draws) for at in _groups(traces, draws))
+    sums = (flat.T @ flat, flat_weights @ flat, flat_weights @ flat_weights.T, within)
+    return Sums(*(np.asarray(values, np.float64) for values in sums))
 
 
-def _shares(traces: np.ndarray, draws: list[int]) -> list[np.ndarray]:
-    """Turn the draws so that they fall into independent shares of an influence.
-
-    One of each chain, about its own mean; and for the means of C chains, which a mean of all has
-    been taken from, C - 1 directions in which they differ. An influence is the sum of the shares'
-    products.
-    """
-    counts = np.array(draws)
-    of_chains = np.split(traces, np.cumsum(counts)[:-1], axis=-1)
-    means = np.stack([own.mean(axis=-1) for own in of_chains], axis=-1)
-    centred = [own - own.mean(axis=-1, keepdims=True) for own in of_chains]
-    across = np.linalg.qr(np.column_stack([np.sqrt(counts), np.eye(len(counts))[:, 1:]]))[0][:, 1:]
-    between = ((means * np.sqrt(counts)) @ across).astype(traces.dtype)
-    return [*centred, *np.split(between, len(counts) - 1, axis=-1)]
+def _groups(traces: np.ndarray, draws: list[int]) -> list[slice]:
+    """Cut (sequence, trace, draw) so that little is copied, and few pairs are made, at once."""
+    pairs = 8 * (4 * len(draws) - 1) * traces.shape[1] ** 2
+    return cuts(len(traces), max(1, PAIRS_BYTES // max(pairs, traces[:1].nbytes)))
 
 
-def _added(parts: list[Sums]) -> Sums:
-    return Sums(*(sum(values[1:], start=values[0]) for values in zip(*parts, strict=True)))
+def _squared_lengths(traces: np.ndarray, draws: list[int]) -> np.ndarray:
+    """Give each share of the traces' squared length, (share, sequence, trace)."""
+    return np.stack([np.square(own).sum(axis=-1) for own in shares_of(traces, draws)])
 
 
-def _judge(sums: Sums, draws: list[int]) -> dict[str, Any]:
-    """Take variances and covariances of the shares, over pairs of different sequences.
+def _within(traces: np.ndarray, weights: np.ndarray, draws: list[int]) -> np.ndarray:
+    """Multiply all that is known of the pairs within sequences, a few pairs at a time."""
+    shares = shares_of(traces, draws)
+    count = 1 + 2 * len(shares)
+    found = np.zeros((count, count))
+    at_once = max(1, PAIRS_BYTES // (8 * count * len(traces) * traces.shape[1]))
+    for at in cuts(traces.shape[1], at_once):
+        both = weights[0, :, at, None] * weights[0, :, None]
+        products = [own[:, at] @ own.swapaxes(1, 2) for own in shares]
+        lengths = [(own[:, at, None] + own[:, None]) * both / 2 for own in weights[1:]]
+        pairs = np.stack([both, *products, *lengths]).reshape(count, -1).astype(np.float64)
+        found += pairs @ pairs.T
+    return found
+
+
+def _added(sums: Sums, others: Sums) -> Sums:
+    return Sums(*(mine + other for mine, other in zip(sums, others, strict=True)))
+
+
+def _judge(sums: Sums, draws: list[int], covariance: bool) -> dict[str, Any]:
+    """Take variances and covariances of the shares, over pairs of different sequences."""
+    chains, shares = len(draws), 2 * len(draws) - 1
+    products = _of_all_pairs(sums, draws) - sums.within
+    pairs = products[0, 0]
+    with np.errstate(invalid="ignore", divide="ignore"):  # of constant losses, or one pair: NaN
+        means = products[0, 1:] / pairs if pairs > 2 else np.full(2 * shares, np.nan)
+        moments = products[1:, 1:] / pairs - np.outer(means, means)
+        covariances = without_lengths(moments, 0.0 if covariance else means[:shares].sum())
+        of_chains = covariances[:chains, :chains]
+        own = np.diagonal(of_chains)
+        return {
+            "reliability": np.float64(1 - noise_of(covariances, draws) / covariances.sum()),
+            "agreement": of_chains / np.sqrt(np.outer(own, own)),
+        }
+
+
+def _of_all_pairs(sums: Sums, draws: list[int]) -> np.ndarray:
+    """Give what ``Sums.within`` is, over all pairs of traces.
 
     The squares of all products of traces add up to those of the draws' products: |Z Z^T| and
     |Z^T Z| are one norm.
     """
-    chains = len(draws)
-    starts = np.cumsum([0, *draws, *[1] * (chains - 2)])
-    squares = np.add.reduceat(np.add.reduceat(sums.products**2, starts, axis=0), starts, axis=1)
-    pairs = sums.traces**2 - sums.pairs_within
-    with np.errstate(invalid="ignore", divide="ignore"):  # of constant losses: NaN
-        means = (np.add.reduceat(sums.total**2, starts) - sums.total_within) / pairs
-        covariances = (squares - sums.within) / pairs - np.outer(means, means)
-        of_chains, of_means = covariances[:chains, :chains], covariances[chains:, chains:]
-        noise = _noise(of_chains) + _noise(of_means)
-        own = np.diagonal(of_chains)
-        agreement = of_chains / np.sqrt(np.outer(own, own))
-        return {
-            "reliability": np.float64(1 - noise / covariances.sum()),
-            "agreement": agreement,
-        }
-
-
-def _noise(covariances: np.ndarray) -> float:
-    """Variance of the sum of shares that does not come again; NaN of a single one."""
-    count = len(covariances)
-    if count == 1:
-        return float("nan")
-    own = np.trace(covariances)
-    return float(count / (count - 1) * (own - covariances.sum() / count))
+    weighted = shares_of(sums.weighted, draws)
+    total, lengths = sums.weights[0, 0], sums.weights[0, 1:]
+    found = np.empty_like(sums.within)
+    one, influence, length = np.split(np.arange(len(found)), [1, 1 + len(lengths)])
+    found[one, one] = total**2
+    found[one, influence] = [np.square(own[0]).sum() for own in weighted]
+    found[one, length] = total * lengths
+    for a, rows in zip(influence, shares_of(sums.products, draws), strict=True):
+        found[a, influence] = [np.square(block).sum() for block in shares_of(rows.T, draws)]
+    found[np.ix_(influence, length)] = [own[1:] @ own[0] for own in weighted]
+    of_both = total * sums.weights[1:, 1:] + np.outer(lengths, lengths)
+    found[np.ix_(length, length)] = of_both / 2
+    found[np.ix_(length, influence)] = found[np.ix_(influence, length)].T
+    found[1:, 0] = found[0, 1:]
+    return found

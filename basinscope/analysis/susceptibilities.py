@@ -17,7 +17,7 @@ from basinscope.analysis.means import (
     at_checkpoint,
     from_totals,
     mean_losses,
-    weighted_mean,
+    weighted_means,
     with_totals,
 )
 from basinscope.analysis.memory import parse_memory_limit
@@ -86,7 +86,8 @@ def compute_susceptibilities(
     xr.DataTree
         Lazy, but for token ids in memory. ``/susceptibilities``: ``sus (sus_flat, wr)``, float64,
         in nats², with coordinates ``dataset_id``, ``batch``, ``target_position`` (from 1) along
-        ``sus_flat``. ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``,
+        ``sus_flat``, and ``sus_mcse``, its standard error, from how chains differ: NaN of one
+        chain. ``/context``: ``input_ids (ctx_flat)`` with ``dataset_id``, ``batch``,
         ``position`` (from 0). Of a selection, they are the numbers that the store has. Attribute
         ``dataset_id_to_name`` of both names the observables, sorted.
 
@@ -124,16 +125,25 @@ def compute_susceptibilities(
     responses = [made_from(losses[name], task, places, full, _response) for name in restrictions]
     ids = {obs_id: _common_ids(stores, obs_id) for obs_id in probes}
     unchecked = {obs_id: flat for obs_id, flat in ids.items() if isinstance(flat, Delayed)}
-    blocks: dict[tuple[int, ...], Delayed] = {
-        (block, column): delayed(_susceptibility)(
-            response[block], below_task[block], obs_id, unchecked.get(obs_id)
-        )
-        for column, response in enumerate(responses)
-        for block, (obs_id, _) in enumerate(places)
-    }
     sizes = [(rows.stop - rows.start) * layouts[obs_id].shape[3] for obs_id, rows in places]
-    sus = array_of(blocks, (sizes, [1] * len(restrictions)), np.float64)
-    result = _flattened(full, restrictions, ids, sus)
+
+    def of_blocks(make: Callable[..., np.ndarray], *of_run: Mapping[str, bool]) -> da.Array:
+        blocks: dict[tuple[int, ...], Delayed] = {
+            (block, column): delayed(make)(
+                response[block],
+                below_task[block],
+                obs_id,
+                unchecked.get(obs_id),
+                *(values[restrictions[column]] for values in of_run),
+            )
+            for column, response in enumerate(responses)
+            for block, (obs_id, _) in enumerate(places)
+        }
+        return array_of(blocks, (sizes, [1] * len(restrictions)), np.float64)
+
+    in_pairs = {name: stores[name].chains == full.chains for name in restrictions}
+    sus, error = of_blocks(_susceptibility), of_blocks(_error, in_pairs)
+    result = _flattened(full, restrictions, ids, sus, error)
     if output_path is None:
         return result
     settings = {
@@ -197,6 +207,7 @@ def _plan(losses: Mapping[str, Mapping[str, list[Part]]], task: str, probes: Seq
         [Layout.of(of_store[task]) for of_store in losses.values()],
         [Layout.of(of_store[obs_id]) for of_store in losses.values() for obs_id in probes],
         len(losses) - 1,
+        max(len(of_store[task]) for of_store in losses.values()),
     )
 
 
@@ -233,6 +244,12 @@ def _require_alike(
             for key in sorted(ours.keys() & theirs.keys())
             if ours[key] != theirs[key] and key not in MAY_DIFFER
         ]
+    ours, theirs = (_functions(store, observables) for store in (full, other))
+    differences += [
+        f"{what}: {ours[what] or 'none'} in {full_name!r}, {theirs[what] or 'none'} in {name!r}"
+        for what in sorted(ours.keys() & theirs.keys())
+        if ours[what] != theirs[what]
+    ]
     moved = [store.config.get("param_masks", {}).get("elements", 0) for store in (full, other)]
     if moved[0] < moved[1]:
         differences.append(
@@ -264,6 +281,16 @@ def _require_alike(
         )
 
 
+def _functions(store: Samples, observables: Sequence[str]) -> dict[str, str | None]:
+    """Give what stands for the functions that the caller took losses with."""
+    described = store.config.get("observables", [])
+    return {"loss_fn": store.config.get("loss_fn")} | {
+        f"loss_fn of observable {given['obs_id']!r}": given.get("loss_fn")
+        for given in described
+        if given["obs_id"] in observables
+    }
+
+
 class Task(NamedTuple):
     """The losses on the task of one run.
 
@@ -271,14 +298,46 @@ class Task(NamedTuple):
     ----------
     phi : list of np.ndarray (draw,)
         φ of each chain.
-    mean_phi, mean_phi_loss, mean_loss : float
-        E[φ], E[φ P], E[P].
+    mean_phi, mean_phi_loss, mean_loss : np.ndarray (chain,)
+        Each chain's part of E[φ], E[φ P], E[P], which is their sum.
     """
 
     phi: list[np.ndarray]
-    mean_phi: float
-    mean_phi_loss: float
-    mean_loss: float
+    mean_phi: np.ndarray
+    mean_phi_loss: np.ndarray
+    mean_loss: np.ndarray
+
+
+class Below(NamedTuple):
+    """By how much E[ℓ] of tokens is below E[P], both of "full".
+
+    Attributes
+    ----------
+    mean : np.ndarray (batch, token_pos)
+    apart : np.ndarray (chain, batch, token_pos)
+        By how much each chain's part of it is beyond its share.
+    """
+
+    mean: np.ndarray
+    apart: np.ndarray
+
+
+class Response(NamedTuple):
+    """What tokens of one run take to their susceptibility, as the parts of its chains.
+
+    Attributes
+    ----------
+    moved_together : np.ndarray (chain, batch, token_pos)
+        Of E[φ P] - E[φ ℓ].
+    mean_phi : np.ndarray (chain, 1, 1)
+        Of E[φ].
+    shares : np.ndarray (chain,)
+        Of the draws.
+    """
+
+    moved_together: np.ndarray
+    mean_phi: np.ndarray
+    shares: np.ndarray
 
 
 Place = tuple[str, slice]  # a block of losses: observable, sequences
@@ -326,35 +385,90 @@ def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: l
     losses, _ = mean_losses(totals, shapes)
     init_loss = at_checkpoint(init_losses).mean()
     phi = [trace - init_loss for trace in losses]
-    joined, loss = np.concatenate(phi), np.concatenate(losses)
-    return Task(phi, joined.mean(), (joined * loss).mean(), loss.mean())
+    draws = sum(map(len, phi))
+
+    def parts(values: list[np.ndarray]) -> np.ndarray:
+        return np.array([own.sum() for own in values]) / draws
+
+    of_both = [own * loss for own, loss in zip(phi, losses, strict=True)]
+    return Task(phi, parts(phi), parts(of_both), parts(losses))
 
 
-def _below_task(probes: dict[str, list[Any]], of_task: Task) -> dict[str, np.ndarray]:
-    """Give by how much E[ℓ] of the tokens, (batch, token_pos), is below E[P], both of "full"."""
-    return {obs_id: of_task.mean_loss - weighted_mean(parts) for obs_id, parts in probes.items()}
+def _below_task(probes: dict[str, list[Any]], of_task: Task) -> dict[str, Below]:
+    shares = _shares(of_task)
+    found = {}
+    for obs_id, losses in probes.items():
+        parts = of_task.mean_loss[:, None, None] - weighted_means(losses)
+        found[obs_id] = Below(parts.sum(axis=0), _apart(parts, shares))
+    return found
 
 
-def _response(probes: dict[str, list[Any]], of_task: Task) -> dict[str, tuple[np.ndarray, float]]:
-    """Give E[φ P] - E[φ ℓ] of the tokens, (batch, token_pos), and E[φ], of one run."""
+def _response(probes: dict[str, list[Any]], of_task: Task) -> dict[str, Response]:
+    mean_phi, mean_phi_loss = (
+        values[:, None, None] for values in (of_task.mean_phi, of_task.mean_phi_loss)
+    )
     return {
-        obs_id: (of_task.mean_phi_loss - weighted_mean(parts, of_task.phi), of_task.mean_phi)
-        for obs_id, parts in probes.items()
+        obs_id: Response(
+            mean_phi_loss - weighted_means(losses, of_task.phi), mean_phi, _shares(of_task)
+        )
+        for obs_id, losses in probes.items()
     }
 
 
+def _shares(of_task: Task) -> np.ndarray:
+    draws = np.array([len(own) for own in of_task.phi])
+    return draws / draws.sum()
+
+
 def _susceptibility(
-    responses: dict[str, tuple[np.ndarray, float]],
-    below_task: dict[str, np.ndarray],
+    responses: dict[str, Response],
+    below_task: dict[str, Below],
     obs_id: str,
     checked_ids: np.ndarray | None,  # not used, but no number is given before they are
 ) -> np.ndarray:
-    moved_together, mean_phi = responses[obs_id]
-    return (moved_together - mean_phi * below_task[obs_id]).reshape(-1, 1)
+    response, below = responses[obs_id], below_task[obs_id].mean
+    moved_together, mean_phi = response.moved_together.sum(axis=0), response.mean_phi.sum()
+    return (moved_together - mean_phi * below).reshape(-1, 1)
+
+
+def _error(
+    responses: dict[str, Response],
+    below_task: dict[str, Below],
+    obs_id: str,
+    checked_ids: np.ndarray | None,
+    in_pairs: bool,
+) -> np.ndarray:
+    """Give the standard error, to first order: of what differs between chains of the two runs.
+
+    Chains of one number have the same noise and see the same batches in both runs, by which the
+    two errors partly cancel.
+    """
+    response, below = responses[obs_id], below_task[obs_id]
+    own = _apart(response.moved_together - response.mean_phi * below.mean, response.shares)
+    of_full = response.mean_phi.sum() * below.apart
+    if in_pairs:
+        return np.sqrt(_squared_error(own - of_full)).reshape(-1, 1)
+    return np.sqrt(_squared_error(own) + _squared_error(of_full)).reshape(-1, 1)
+
+
+def _apart(parts: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Take from each chain's part of a mean over all draws its share of the mean."""
+    return parts - shares[:, None, None] * parts.sum(axis=0)
+
+
+def _squared_error(apart: np.ndarray) -> np.ndarray:
+    """Of the sum of independent parts with no mean of their own; NaN of a single one."""
+    chains = len(apart)
+    scale = chains / (chains - 1) if chains > 1 else np.nan
+    return scale * np.square(apart).sum(axis=0)
 
 
 def _flattened(
-    full: Samples, restrictions: list[str], ids: dict[str, Delayed | np.ndarray], sus: da.Array
+    full: Samples,
+    restrictions: list[str],
+    ids: dict[str, Delayed | np.ndarray],
+    sus: da.Array,
+    error: da.Array,
 ) -> xr.DataTree:
     """Lay susceptibilities and contexts out flat, (batch, position) row-major per observable."""
     probes = list(ids)
@@ -370,6 +484,9 @@ def _flattened(
         ("sus_flat", "wr"), sus,
         {"long_name": "susceptibility of a token's loss to a weight restriction", "units": "nats2"},
     )  # fmt: skip
+    second = xr.Variable(
+        ("sus_flat", "wr"), error, {"long_name": "standard error of sus", "units": "nats2"},
+    )  # fmt: skip
     context = xr.Variable(
         "ctx_flat", np.concatenate(flat_ids),
         {"long_name": "token ids of the sequences", "units": "1"},
@@ -379,7 +496,7 @@ def _flattened(
     tree = xr.DataTree(xr.Dataset(attrs=full.provenance))
     tree.children = {
         "susceptibilities": xr.DataTree(
-            xr.Dataset({"sus": first}, {**flat, "wr": restrictions}, names)
+            xr.Dataset({"sus": first, "sus_mcse": second}, {**flat, "wr": restrictions}, names)
         ),
         "context": xr.DataTree(xr.Dataset({"input_ids": context}, flat_context, names)),
     }

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from basinscope.report.page import require_new, section, write_page
+from basinscope.report.tables import BY_CHANCE
 from basinscope.report.words import Words, printable
 
 QUERIES = 100  # at most on a page
@@ -18,11 +19,14 @@ PASSAGES = 8  # of a query, each of another sequence
 CONTEXT = 40  # tokens on either side of the one that a passage is about
 POSITIVE, NEGATIVE = "230, 159, 0", "86, 180, 233"  # red, green, blue: told apart by all readers
 
+BY_CHANCE_IS = "By chance alone the strongest of as many unrelated tokens reaches"
+NONE_PASSES = " None of the partners is beyond that."
 LEGEND = (
     "Below each query are the sequences with its strongest partners, each about the strongest of "
     "them, as SEQUENCE:POSITION. Orange: its loss rises and falls with the query's; blue: it falls "
     "where that rises; the darker, the stronger. Only the partners that were asked for are "
-    "coloured; the pointer on one shows its influence."
+    "coloured, as far as they are beyond what chance reaches, where that is known; the pointer on "
+    "one shows its influence."
 )
 
 
@@ -36,7 +40,8 @@ def influence_page(
     path : path
         The ``.html`` file.
     bif : xr.Dataset
-        Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+        Of :func:`basinscope.compute_bif` with ``top_k``, computed; with the variables of
+        :func:`basinscope.bif_chance` for the same queries, what is reached by chance too.
     facts : mapping
         What the page says of itself at the top.
     words : function of int to str
@@ -56,7 +61,11 @@ def influence_page(
         one = bif.isel(query=query)
         batch, position = int(one["query_batch"]), int(one["query_target_position"])
         content = [_passage(ids[batch], position, {}, 1.0, words)]
-        partners = _partners(one)
+        reached = float(one[BY_CHANCE].fillna(0)) if BY_CHANCE in one else 0.0
+        partners = _partners(one, reached)
+        if reached:
+            none = "" if partners else NONE_PASSES
+            content.append(f"<p>{BY_CHANCE_IS} ±{reached:.3f}.{none}</p>")
         strongest = max((abs(v) for found in partners.values() for v in found.values()), default=1)
         for sequence, influences in list(partners.items())[:PASSAGES]:
             about = next(iter(influences))
@@ -66,13 +75,16 @@ def influence_page(
     return write_page(path, "Influence between tokens", facts, sections)
 
 
-def _partners(query: xr.Dataset) -> dict[int, dict[int, float]]:
-    """Give the influences of a query by sequence and position, the strongest first in both."""
+def _partners(query: xr.Dataset, reached: float) -> dict[int, dict[int, float]]:
+    """Give the influences of a query by sequence and position, the strongest first in both.
+
+    Those that chance reaches, too, are left out.
+    """
     fields = ("partner_batch", "partner_target_position", "influences")
     batches, positions, values = (query[name].to_numpy().ravel() for name in fields)
     found: dict[int, dict[int, float]] = {}
     for at in np.argsort(-np.abs(values), kind="stable"):
-        if batches[at] >= 0:
+        if batches[at] >= 0 and abs(values[at]) > reached:
             of_sequence = found.setdefault(int(batches[at]), {})
             of_sequence[int(positions[at])] = float(values[at])
     return found

@@ -27,6 +27,8 @@ OBSERVABLES = (
     "On an observable: nβ times the rise of its loss along chains that follow the sampling data "
     "alone; it measures no basin of the observable's own, and may be negative."
 )
+BY_CHANCE = "by_chance"
+OF_CHANCE = ("reliability", "noise", BY_CHANCE)
 FIRST_DRAW = "first draw"  # an LLC's attribute "reference"; the other one is "checkpoint"
 FIRST_DRAW_CAVEAT = (
     "Against the first draw, where the store has no loss of the observable at the checkpoint: what "
@@ -271,7 +273,9 @@ def reliability_note(found: xr.Dataset) -> str:
     """Say in a sentence what a reliability is; parameters as :func:`agreement_table`."""
     alpha, chains = float(found["reliability"]), found.sizes["chain"]
     if np.isnan(alpha):
-        few = "two chains do not tell it, three or more do" if chains < 3 else "losses are constant"
+        few = "two chains do not tell it, three or more do"
+        if chains > 2:
+            few = "losses are constant, or there is one pair of sequences"
         return f"Reliability: {few}."
     twice = f", and twice as many have {2 * alpha / (1 + alpha):.2f}" if alpha > 0 else ""
     return (
@@ -327,11 +331,13 @@ def partner_figures(bif: xr.Dataset, words: Words | None = None) -> dict[str, An
     Parameters
     ----------
     bif : xr.Dataset
-        Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+        Of :func:`basinscope.compute_bif` with ``top_k``, computed; with the variables of
+        :func:`basinscope.bif_chance` for the same queries, these too.
     words : function of int to str, optional
         Adds the text of their tokens.
     """
     figures: dict[str, Any] = {"observables": bif.attrs["observables"]}
+    figures |= {name: bif[name].to_numpy().tolist() for name in OF_CHANCE if name in bif}
     for kind, also in (("query", ()), ("partner", ("influences",))):
         places = (f"{kind}_batch", f"{kind}_target_position")
         figures |= {name: bif[name].to_numpy().tolist() for name in (*places, *also)}
@@ -374,7 +380,8 @@ def partner_table(
     Parameters
     ----------
     bif : xr.Dataset
-        Of :func:`basinscope.compute_bif` with ``top_k``, computed.
+        Of :func:`basinscope.compute_bif` with ``top_k``, computed; with the variables of
+        :func:`basinscope.bif_chance` for the same queries, what is reached by chance too.
     queries, partners : int
         How many at most; partners of each sign.
     words : function of int to str, optional
@@ -395,6 +402,8 @@ def partner_table(
     table.add_column("query", no_wrap=True)
     for sign in bif["sign"].values:
         table.add_column(str(sign))
+    if BY_CHANCE in bif:
+        table.add_column("by chance", justify="right")
     for query in range(shown):
         one = bif.isel(query=query)
         cells = []
@@ -411,13 +420,31 @@ def partner_table(
                 if batch >= 0
             ]
             cells.append("\n".join(lines) or "-")
+        if BY_CHANCE in bif:
+            reached = float(one[BY_CHANCE])
+            cells.append("-" if np.isnan(reached) else f"±{reached:.3f}")
         at = named(int(one["query_batch"]), int(one["query_target_position"]))
         table.add_row(at, *cells)
     return table
 
 
+def chance_note(bif: xr.Dataset) -> str:
+    """Say in a sentence what "by chance" is; empty if it is not known.
+
+    Parameters
+    ----------
+    bif : xr.Dataset
+        As for :func:`partner_table`.
+    """
+    if BY_CHANCE not in bif:
+        return ""
+    return "By chance: what the strongest of as many unrelated tokens reaches."
+
+
 def susceptibility_figures(sus: xr.DataTree) -> list[dict[str, object]]:
     """Summarise susceptibilities over the tokens of each observable.
+
+    "error" is the root mean square of the tokens' standard errors.
 
     Parameters
     ----------
@@ -434,10 +461,13 @@ def susceptibility_figures(sus: xr.DataTree) -> list[dict[str, object]]:
             "std": float(values.std()),
             "min": float(values.min()),
             "max": float(values.max()),
+            "error": float(np.sqrt(np.square(errors).mean())),
         }
         for column, restriction in enumerate(flat["wr"].to_numpy())
         for dataset, observable in enumerate(flat.attrs["dataset_id_to_name"])
-        for values in [flat["sus"].to_numpy()[datasets == dataset, column]]
+        for values, errors in [
+            [flat[name].to_numpy()[datasets == dataset, column] for name in ("sus", "sus_mcse")]
+        ]
     ]
 
 
@@ -446,10 +476,11 @@ def susceptibility_table(figures: Sequence[Mapping[str, object]]) -> Table:
     table = Table(title="Susceptibilities of tokens (nats²)", title_justify="left", show_edge=False)
     table.add_column("restriction")
     table.add_column("observable")
-    for heading in ("mean", "std", "min", "max"):
+    for heading in ("mean", "std", "min", "max", "± of a token"):
         table.add_column(heading, justify="right")
     for row in figures:
         numbers = [f"{row[name]:+.3e}" for name in ("mean", "std", "min", "max")]
+        numbers.append("-" if np.isnan(error := float(str(row["error"]))) else f"{error:.3e}")
         table.add_row(str(row["restriction"]), str(row["observable"]), *numbers)
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,38 +137,120 @@ def load_tokens(
     ValueError
         If text comes without `max_length`.
     """
-    import datasets
-
-    require_data(path)
-    dataset: Any
-    if path.is_dir():
-        dataset = datasets.load_from_disk(str(path))
-    else:
-        loader = _LOADERS[path.suffix]
-        extra = {"sample_by": "document"} if loader == "text" else {}
-        dataset = datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+    dataset = _read(path, text_by="document")
     if "input_ids" in dataset.column_names:
         return dataset
-    from transformers import AutoTokenizer
 
     from basinscope.sampling.tokenize import tokenize_and_concatenate
 
     if max_length is None:
-        raise ValueError(f"{str(path)!r} is text, so it needs max_length (tokens per row)")
+        raise ValueError(
+            f"{str(path)!r} is text, so it needs max_length (tokens per row; --max-length in a "
+            "shell). basinscope extract can also take each text as a row: --each-text"
+        )
+    return tokenize_and_concatenate(
+        dataset,
+        _tokenizer_for(path, tokenizer),
+        max_length=max_length,
+        column_name=column,
+        add_bos_token=add_bos_token,
+    )
+
+
+def load_texts(
+    path: Path,
+    tokenizer: str,
+    *,
+    rows: int | None = None,
+    max_length: int | None = None,
+    column: str = "text",
+    add_bos_token: bool = True,
+) -> Dataset:
+    """Load texts as token ids, each text a row of its own.
+
+    Parameters
+    ----------
+    path : Path
+        As for :func:`load_tokens`, with text. Of a text file each line is a text; blank ones are
+        left out, with a warning that counts them.
+    tokenizer : str
+        Where the tokenizer is: a directory, or a name on the hub.
+    rows : int, optional
+        Only the first so many texts.
+    max_length : int, optional
+        Most tokens of a row: see :func:`basinscope.tokenize_texts`.
+    column : str
+        Where the text is.
+    add_bos_token : bool
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such directory or file, or no tokenizer.
+    ValueError
+        If these are token ids, a text has no tokens, or there are none.
+    """
+    from basinscope.sampling.tokenize import tokenize_texts
+
+    texts = _read(path, text_by="line")
+    if "input_ids" in texts.column_names:
+        raise ValueError(
+            f"{str(path)!r} holds token ids (a column input_ids), whose rows are taken as they "
+            "are: leave --each-text out"
+        )
+    found = _tokenizer_for(path, tokenizer)
+    if path.suffix == ".txt":
+        texts = _without_blank(texts, path)
+    if rows is not None:
+        texts = texts.select(range(min(rows, len(texts))))
+    return tokenize_texts(
+        texts,
+        found,
+        max_length=max_length,
+        column_name=column,
+        add_bos_token=add_bos_token,
+    )
+
+
+def _read(path: Path, text_by: str) -> Any:
+    """Read a data set; of a text file, each "line" is a row, or the whole "document"."""
+    import datasets
+
+    require_data(path)
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    if not path.stat().st_size:
+        raise ValueError(f"{str(path)!r} is empty: give a file with data")
+    loader = _LOADERS[path.suffix]
+    extra = {"sample_by": text_by} if loader == "text" else {}
+    return datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+
+
+def _tokenizer_for(path: Path, tokenizer: str) -> Any:
+    """Load the tokenizer that a path of text needs."""
+    from transformers import AutoTokenizer
+
     if lacks_tokenizer(tokenizer):
         raise FileNotFoundError(
             f"{str(path)!r} is text, and no tokenizer was found in {tokenizer}: save the model's "
             "there with save_pretrained(), or give token ids"
         )
     with _explained("tokenizer", tokenizer):
-        found = AutoTokenizer.from_pretrained(tokenizer)
-    return tokenize_and_concatenate(
-        dataset,
-        found,
-        max_length=max_length,
-        column_name=column,
-        add_bos_token=add_bos_token,
+        return AutoTokenizer.from_pretrained(tokenizer)
+
+
+def _without_blank(lines: Any, path: Path) -> Any:
+    """Leave out blank lines, and warn of them."""
+    texts = lines.filter(
+        lambda some: [bool(line.strip()) for line in some], input_columns="text", batched=True
     )
+    if blank := len(lines) - len(texts):
+        warnings.warn(
+            f"blank lines of {str(path)!r} are left out: {blank} of {len(lines)}; sequences are "
+            "numbered without them",
+            stacklevel=3,
+        )
+    return texts
 
 
 def require_data(path: Path) -> None:

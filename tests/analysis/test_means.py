@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from basinscope.analysis import stores
-from basinscope.analysis.means import loss_totals, mean_losses, weighted_mean, with_totals
+from basinscope.analysis.means import loss_totals, mean_losses, weighted_means, with_totals
 
 SHAPES = [(1, 40, 6, 16), (1, 25, 6, 16)]  # chains of different lengths
 EXACT = {"rtol": 1e-14, "atol": 0}
@@ -56,7 +56,8 @@ def test_a_slab_at_a_time_or_all_at_once_is_the_same(
         np.testing.assert_allclose(of_rows, wide.sum(axis=(1, 2)), **EXACT)
         np.testing.assert_allclose(of_tokens, wide.sum(axis=(0, 1)), **EXACT)
         expected = np.einsum("r,rbt->bt", weights, wide) / len(weights)
-        np.testing.assert_allclose(weighted_mean([part], [weights]), expected, rtol=0, atol=1e-14)
+        got = weighted_means([part], [weights])
+        np.testing.assert_allclose(got, expected[None], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3])
@@ -71,7 +72,7 @@ def test_losses_of_nothing_add_up_to_nothing(axis: int) -> None:
 def test_weighted_means_are_those_of_exact_sums(parts: list[np.ndarray]) -> None:
     rng = np.random.default_rng(1)
     weights = [rng.random(shape[1]) for shape in SHAPES]
-    got = weighted_mean(parts, weights)
+    got = weighted_means(parts, weights).sum(axis=0)
     joined, weight = np.concatenate([part[0] for part in parts]), np.concatenate(weights)
     for sequence, token in np.ndindex(got.shape):
         products = (weight * joined[:, sequence, token].astype(np.float64)).tolist()

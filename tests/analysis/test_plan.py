@@ -114,7 +114,7 @@ def test_susceptibilities_cost_one_pass_over_every_store() -> None:
     task, probe = Layout((1, 100, 5, 8), (1, 50, 5, 8), 4), OURS
     plan = plan_susceptibilities([task] * 3, [probe] * 3, restrictions=2)
     assert plan.stored_bytes == plan.bytes_to_read == 3 * (16_000 + 128_000)
-    assert plan.output_bytes == 2 * 40 * 8 * 8
+    assert plan.output_bytes == 2 * (2 * 40 * 8 * 8)  # with their errors
     assert plan.flops == 3 * 2 * 100 * 40 * 8
 
 
@@ -360,9 +360,9 @@ def test_susceptibilities_read_and_give_what_their_plan_says(
     plan = plan_of_susceptibilities(stores, "b", include_sampling_task=with_task)
     assert decoded == []
     got = basinscope.compute_susceptibilities(stores, "b", include_sampling_task=with_task)
-    sus = got["susceptibilities"]["sus"]
-    assert sus.nbytes == plan.output_bytes
-    sus.compute(scheduler="synchronous")
+    found = got["susceptibilities"].to_dataset()
+    assert found["sus"].nbytes + found["sus_mcse"].nbytes == plan.output_bytes
+    found.compute(scheduler="synchronous")
     assert plan.bytes_to_read == sum(decoded)
 
 

@@ -13,9 +13,11 @@ import basinscope
 from basinscope.analysis import reliability as reliability_module
 from basinscope.analysis import traces
 from basinscope.analysis.bif import cuts
-from basinscope.analysis.plan import PlanError
+from basinscope.analysis.plan import PRODUCTS_AT_ONCE, PlanError
 from basinscope.analysis.reliability import plan_bif_reliability
+from basinscope.report.tables import reliability_note
 from tests.analysis.stores_random import random_tree, write_devinterp_tree
+from tests.analysis.stores_recorded import recorded_store
 from tests.sampling.test_error_of_llc import trained_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,11 +43,13 @@ def test_it_is_its_formula(kind: str, block: int | None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("signal", [0.0, 0.4, 1.5])
-def test_it_is_how_influences_of_other_chains_correlate(kind: str, signal: float) -> None:
+@pytest.mark.parametrize(("signal", "together"), [(0.0, 0), (0.4, 0), (1.5, 0), (0.4, 6)])
+def test_it_is_how_influences_of_other_chains_correlate(
+    kind: str, signal: float, together: float
+) -> None:
     """24 pairs of runs. The reliabilities' own spread is below 0.03 on average, bounds are 0.1."""
     rng = np.random.default_rng(4)
-    loadings = rng.normal(0, 1, (20, 2, 2))  # of sequences and tokens on two factors
+    loadings = rng.normal(together, 1, (20, 2, 2))  # of sequences and tokens on two factors
 
     def chains() -> xr.DataTree:
         noise, factors = rng.standard_normal((3, 40, 20, 2)), rng.standard_normal((3, 40, 2))
@@ -173,6 +177,26 @@ def test_two_chains_agree_or_not_and_one_does_neither() -> None:
         basinscope.bif_reliability(random_tree(3, **{**SIZES, "chains": 1}))
 
 
+def test_chains_of_different_lengths(tmp_path: Path) -> None:
+    written = [20, 20, 11, 4]
+    tree = random_tree(3, **{**SIZES, "steps": 20})
+    store = recorded_store(tmp_path / "s.zarr", tree, written)
+    losses = np.concatenate([tree["loss_a"], tree["loss_b"]], axis=2).astype(np.float64)
+    chains = [own[:rows] for own, rows in zip(losses, written, strict=True)]
+    for kind, options in KINDS.items():
+        got = basinscope.bif_reliability(store, allow_incomplete=True, **options)
+        np.testing.assert_allclose(got["reliability"], plain_of(chains, kind)[0], rtol=1e-4)
+
+
+def test_of_one_pair_nothing_can_be_said() -> None:
+    tree = random_tree(3, **SIZES)
+    for options in (KINDS["sequence"], KINDS["average"]):
+        got = basinscope.bif_reliability(tree, batch_index_range=[1, 3], **options)
+        assert np.isnan(got["reliability"])
+        assert "one pair" in reliability_note(got)
+    assert np.isfinite(basinscope.bif_reliability(tree, batch_index_range=[1, 3])["reliability"])
+
+
 @pytest.mark.parametrize("rows", [[2], [1, 3, 1]])
 def test_it_wants_different_sequences(rows: list[int]) -> None:
     with pytest.raises(ValueError, match="give two or more, each once"):
@@ -184,8 +208,10 @@ def test_its_plan_counts_the_products_of_draws() -> None:
     plan = basinscope.plan("bif_reliability", tree)
     assert plan.flops == 2 * 7 * 3 * 80**2
     assert plan.output_bytes == 8 * (4 * 4 + 1)
-    average = basinscope.plan("bif", tree, average_tokenwise_bif=True)
-    assert plan.peak_memory - average.peak_memory == 3 * plan.workers * 8 * 80**2
+    fewer = basinscope.plan("bif_reliability", tree.isel(draw=slice(10)))
+    of_block = 4 * 12 * plan.workers  # a sequence's traces are 12 tokens' here
+    products = (1 + PRODUCTS_AT_ONCE * plan.workers) * 8 * (80**2 - 40**2)
+    assert products < plan.peak_memory - fewer.peak_memory < products + of_block * 80 * 7
     assert plan.bytes_to_read == plan.stored_bytes
     sequences = basinscope.plan("bif_reliability", tree, correlation_method="sequence")
     assert sequences.flops == 2 * 7 * 80**2
@@ -205,38 +231,50 @@ def plain(tree: xr.DataTree, kind: str, keys: list[str] | None = None) -> tuple[
         str(name) for name in tree.data_vars if str(name).startswith("loss_")
     )  # fmt: skip
     losses = np.concatenate([tree[name].to_numpy().astype(np.float64) for name in names], axis=2)
-    if kind == "sequence":
-        losses = losses.mean(axis=3, keepdims=True)
-    chains, draws, sequences, tokens = losses.shape
-    x = losses.transpose(2, 3, 0, 1).reshape(sequences, tokens, -1)
+    return plain_of(list(losses), kind)
+
+
+def plain_of(chains: list[np.ndarray], kind: str) -> tuple[float, Any]:
+    """Judge losses (draw, sequence, token) of each chain, pair by pair."""
+    draws = [len(chain) for chain in chains]
+    count, samples = len(chains), sum(draws)
+    x = np.concatenate(chains).transpose(1, 2, 0)
+    x = x.mean(1, keepdims=True) if kind == "sequence" else x
     x = x - x.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
         length = np.linalg.norm(x, axis=-1, keepdims=True)
-        x = x / (np.sqrt(x.shape[-1] - 1) if kind == "covariance" else length)
+        x = x / (np.sqrt(samples - 1) if kind == "covariance" else length)
+    directions = [np.sqrt(np.array(draws) / samples)]
+    for c in range(1, count):  # Gram and Schmidt
+        axis = np.eye(count)[c]
+        axis = axis - sum(axis @ other * other for other in directions)
+        directions.append(axis / np.linalg.norm(axis))
+    places = np.split(np.arange(samples), np.cumsum(draws)[:-1])
+    means = np.stack([x[..., own].mean(-1) for own in places], axis=-1)
+    parts = [x[..., own] - means[..., [c]] for c, own in enumerate(places)]
+    parts += [(np.sqrt(draws) * means @ direction)[..., None] for direction in directions[1:]]
+    lengths = np.stack([(part**2).sum(-1) for part in parts])
     if kind == "average":
-        x = x.mean(1, keepdims=True)
-    sequence = np.repeat(np.arange(sequences), x.shape[1])
-    flat = x.reshape(-1, chains, draws)
-    known = np.isfinite(flat).all((1, 2))
+        x, parts = x.mean(1, keepdims=True), [part.mean(1, keepdims=True) for part in parts]
+        lengths = lengths.mean(2, keepdims=True)
+    sequence = np.repeat(np.arange(len(x)), x.shape[1])
+    flat = x.reshape(len(sequence), -1)
+    known = np.isfinite(flat).all(1)
     flat, sequence = flat[known], sequence[known]
     pairs = sequence[:, None] != sequence[None, :]
 
-    means = flat.mean(-1)
-    of_chains = [(flat[:, c] - means[:, c : c + 1]) for c in range(chains)]
-    shares = [(own @ own.T)[pairs] for own in of_chains]
-    directions = [np.full(chains, chains**-0.5)]
-    for c in range(1, chains):  # Gram and Schmidt
-        axis = np.eye(chains)[c]
-        axis = axis - sum(axis @ other * other for other in directions)
-        directions.append(axis / np.linalg.norm(axis))
-    along = [np.sqrt(draws) * means @ direction for direction in directions[1:]]
-    shares += [np.outer(a, a)[pairs] for a in along]
-    influence = (flat.reshape(len(flat), -1) @ flat.reshape(len(flat), -1).T)[pairs]
-    np.testing.assert_allclose(sum(shares), influence, atol=1e-12)
+    influence = flat @ flat.T
+    mean = 0.0 if kind == "covariance" else influence[pairs].mean()
+    shares = []
+    for part, length in zip(parts, lengths, strict=True):
+        own, share = part.reshape(len(known), -1)[known], length.ravel()[known]
+        shares.append((own @ own.T - mean * (share[:, None] + share[None, :]) / 2)[pairs])
+    np.testing.assert_allclose(sum(shares) + mean, influence[pairs], atol=1e-12)
 
     noise = 0.0
-    for same in (shares[:chains], shares[chains:]):
-        count = len(same)
-        own, of_sum = sum(np.var(s) for s in same), np.var(sum(same))
-        noise += count / (count - 1) * (own - of_sum / count) if count > 1 else np.nan
-    return 1 - noise / np.var(influence), np.corrcoef(shares[:chains])
+    sizes = [np.array(draws) / samples, np.ones(count - 1) / (count - 1)]
+    for same, size in zip((shares[:count], shares[count:]), sizes, strict=True):
+        pairwise = np.cov(same, bias=True).reshape(len(same), -1)
+        alike = pairwise.sum() - np.trace(pairwise)
+        noise += pairwise.sum() - alike / (1 - (size**2).sum()) if len(same) > 1 else np.nan
+    return 1 - noise / np.var(influence[pairs]), np.corrcoef(shares[:count])

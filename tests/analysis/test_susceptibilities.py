@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -123,6 +124,92 @@ def test_each_is_the_formula_over_what_is_recorded(
             np.testing.assert_allclose(found[mine, column], expected, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("written", "paired"),
+    [([60, 60, 60], True), ([60, 60, 60], False), ([60, 30, 0], True), ([60, 0, 0], True)],
+)
+def test_the_error_is_what_differs_between_chains(
+    written: list[int], paired: bool, tmp_path: Path
+) -> None:
+    runs: dict[str, Any] = {
+        name: recorded_store(tmp_path / f"{name}.zarr", tree, written)
+        for name, tree in TREES.items()
+    }
+    if not paired:
+        runs["full"] = xr.DataTree(TREES["full"].dataset.assign_coords(chain=[7, 8, 9]))
+    with warnings.catch_warnings(action="ignore"):
+        got = basinscope.compute_susceptibilities(runs, "task", allow_incomplete=True)
+    kept = [rows for rows in written if rows]
+    start = TREES["full"]["init_loss"].to_numpy()[: len(kept)].astype(np.float64).mean()
+
+    def means(run: str) -> list[tuple[np.ndarray, ...]]:
+        """E[φ], E[φ (P - ℓ)] and E[P - ℓ] of each chain."""
+        found = []
+        for chain, rows in enumerate(kept):
+            of_task, *probes = (
+                TREES[run][f"loss_{obs}"][chain, :rows].to_numpy().astype(np.float64)
+                for obs in ("task", "github", "pile")
+            )
+            p = of_task.mean(axis=(1, 2))[:, None]
+            gap = p - np.concatenate([loss.reshape(rows, -1) for loss in probes], axis=1)
+            found.append(((p - start).mean(), ((p - start) * gap).mean(0), gap.mean(0)))
+        return found
+
+    def squared_error(values: list[np.ndarray]) -> np.ndarray:
+        mean = np.average(values, axis=0, weights=kept)
+        apart = [
+            (rows / sum(kept) * (own - mean)) ** 2 for rows, own in zip(kept, values, strict=True)
+        ]
+        return sum(apart) * len(kept) / (len(kept) - 1)
+
+    for column, name in enumerate(RESTRICTIONS):
+        found = got["susceptibilities"]["sus_mcse"].to_numpy()[:, column]
+        if len(kept) == 1:
+            assert np.isnan(found).all()
+            continue
+        below = np.average([gap for *_, gap in means("full")], axis=0, weights=kept)
+        rise = np.average([phi for phi, *_ in means(name)], weights=kept)
+        own = [both - phi * below for phi, both, _ in means(name)]
+        of_full = [rise * gap for *_, gap in means("full")]
+        if paired:
+            expected = squared_error([a - b for a, b in zip(own, of_full, strict=True)])
+        else:
+            expected = squared_error(own) + squared_error(of_full)
+        np.testing.assert_allclose(found, np.sqrt(expected), rtol=1e-6)
+
+
+def test_the_error_is_the_spread_of_repeated_runs() -> None:
+    """Of 60 runs and 24 tokens, the ratio is known to 10% at most; bounds are 2.5 of that."""
+    rng = np.random.default_rng(0)
+    loadings = {name: rng.normal(1, 0.5, (count, 4)) for name, count in OBSERVABLES.items()}
+
+    def run(seed: int, scale: float) -> xr.DataTree:
+        tree = random_tree(seed, observables=OBSERVABLES, **{**SIZES, "chains": 4})
+        factor = rng.standard_normal((4, 60))
+        for draw in range(1, 60):
+            factor[:, draw] += 0.9 * factor[:, draw - 1]
+        losses = {
+            f"loss_{name}": (
+                tree[f"loss_{name}"].dims,
+                3
+                + scale * factor[:, :, None, None] ** 2 * loading
+                + 0.1 * rng.standard_normal((4, 60, *loading.shape)),
+            )
+            for name, loading in loadings.items()
+        }
+        tree.dataset = tree.to_dataset().assign(losses)
+        return tree
+
+    found, errors = [], []
+    for _ in range(60):
+        runs = {"full": run(0, 0.05), "l0": run(0, 0.03)}
+        got = basinscope.compute_susceptibilities(runs, "task")["susceptibilities"]
+        found.append(got["sus"].to_numpy())
+        errors.append(got["sus_mcse"].to_numpy())
+    ratio = np.sqrt(np.mean(np.square(errors)) / np.var(found, axis=0, ddof=1).mean())
+    assert 0.75 < ratio < 1.33
+
+
 def test_responses_a_millionth_of_the_losses_are_not_lost_in_rounding() -> None:
     sizes: dict[str, Any] = {"observables": {"task": 64, "a": 64}, "tokens": 64, "draws": 200}
     both = random_tree(0, fluctuation=1e-3, **sizes).dataset
@@ -188,10 +275,20 @@ def test_the_task_alone_is_refused_unless_it_is_asked_about() -> None:
             r"sampler lr: 1.0 in 'full', 2.0 in 'embed'\n  model class: 'A' in 'full', 'B' in 'em",
         ),
         ({"datasets": {"b": "22"}}, r"datasets b: '11' in 'full', '22' in 'embed'"),
+        ({"loss_fn": "mine 12"}, r"loss_fn: none in 'full', mine 12 in 'embed'"),
+        (
+            {"observables": [{"obs_id": "pile", "loss_fn": "right 34"}, {"obs_id": "task"}]},
+            r"loss_fn of observable 'pile': none in 'full', right 34 in 'embed'",
+        ),
+        (
+            {"observables": [{"obs_id": "pile"}, {"obs_id": "task", "loss_fn": "right 34"}]},
+            r"loss_fn of observable 'task': none in 'full', right 34 in 'embed'",
+        ),
     ],
 )
 def test_settings_that_differ_are_named_with_both_sides(config: dict[str, Any], said: str) -> None:
     own = {"sampler": {"n_beta": 10.0, "lr": 1.0}, "model": {"class": "A"}, "datasets": {"b": "11"}}
+    own |= {"observables": [{"obs_id": "pile"}, {"obs_id": "task"}], "loss_fn": None}
     runs = {"full": with_config(TREES["full"], own), "l0h1": with_config(TREES["l0h1"], own)}
     runs["embed"] = with_config(TREES["embed"], {**own, **config})
     with pytest.raises(ValueError, match=said) as caught:

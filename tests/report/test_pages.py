@@ -7,6 +7,7 @@ import re
 from html import escape
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import basinscope
@@ -154,6 +155,25 @@ def test_partners_are_coloured_where_they_stand(tmp_path: Path) -> None:
             shade = abs(mine[about]) / abs(by_strength[0][2])
             assert f", {shade:.2f})" in seen[about][0]
             assert passage.count("…") == (about > CONTEXT) + (about + CONTEXT + 1 < ids.shape[1])
+
+
+def test_partners_that_chance_reaches_are_not_coloured(tmp_path: Path) -> None:
+    tree = random_tree(1, observables={"code": 6, "pile": 7}, tokens=20, chains=4)
+    queries = [(0, 2), (12, 7), (3, 3)]
+    found = basinscope.compute_bif(tree, top_k=9, queries=queries).compute()
+    strongest = np.abs(found["influences"].values).max(axis=(0, 2))
+    middle = float(np.median(np.abs(found["influences"].values[:, 0])))
+    found["by_chance"] = ("query", [middle, strongest[1] + 0.01, np.nan])
+    path = influence_page(tmp_path / "a.html", found, {}, "<{}> ".format)
+    first, second, unknown = path.read_text().split("<section>")[1:]
+    shown = [abs(float(value)) for _, _, value, _ in MARKED.findall(first) if value]
+    assert f"unrelated tokens reaches ±{middle:.3f}.<" in first
+    assert shown
+    assert min(shown) >= middle - 1e-3
+    assert "None of the partners is beyond that." in second
+    assert "<h3>" not in second
+    assert "unrelated" not in unknown
+    assert "<h3>" in unknown
 
 
 def test_tokens_that_cannot_be_seen_are_shown(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from basinscope.report.tables import (
     FIRST_DRAW_CAVEAT,
     OBSERVABLES,
     against_first_draw,
+    chance_note,
     influence_pairs,
     llc_drift,
     llc_error,
@@ -79,6 +80,14 @@ def test_partners_are_shown_with_their_tokens() -> None:
     assert line in text
     assert f"0:2 {words(ids[0, 2])}" in text
     assert "[t" not in shown(partner_table(found, 1, 2))
+    assert "by chance" not in shown(partner_table(found, 2, 2))
+    assert chance_note(found) == ""
+    assert "by_chance" not in figures
+    found["by_chance"] = ("query", [0.123, np.nan])
+    assert "±0.123" in shown(partner_table(found, 1, 2))
+    assert "nan" not in shown(partner_table(found, 2, 2))
+    assert "strongest of as many unrelated" in chance_note(found)
+    assert partner_figures(found)["by_chance"][0] == 0.123
     assert numbering(found) == "0 to 2 code, 3 to 6 pile"
 
 

@@ -1,7 +1,8 @@
-"""tokenize_and_concatenate against an oracle of plain lists, with tokenizers built offline."""
+"""Rows of tokens against oracles of plain lists, with tokenizers built offline."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import datasets
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from basinscope.sampling import tokenize as module
-from basinscope.sampling.tokenize import tokenize_and_concatenate
+from basinscope.sampling.tokenize import token_counts, tokenize_and_concatenate, tokenize_texts
 
 datasets.disable_progress_bars()
 
@@ -243,3 +244,103 @@ def test_error_for_a_dict_of_splits_and_for_a_list() -> None:
         tokenize_and_concatenate(splits, tokenizer_with_all())
     with pytest.raises(TypeError, match="dataset is a list"):
         tokenize_and_concatenate(["a"], tokenizer_with_all())
+
+
+texts_with_words = st.lists(
+    st.lists(st.sampled_from(["the", "cat", "sat", "dog"]), min_size=1, max_size=7).map(" ".join),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=texts_with_words,
+    max_length=st.none() | st.integers(2, 9),
+    add_bos_token=st.booleans(),
+    batch_size=st.sampled_from([1, 2, 5, 1000]),
+)
+def test_each_text_is_a_row(
+    texts: list[str], max_length: int | None, add_bos_token: bool, batch_size: int
+) -> None:
+    head = [ID["<bos>"]] if add_bos_token else []
+    whole = [head + [ID.get(word, ID["<unk>"]) for word in text.split()] for text in texts]
+    longer = sum(len(row) > (max_length or 99) for row in whole)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        patch.setattr(module, "DOCUMENTS_PER_BATCH", batch_size)
+        rows = tokenize_texts(
+            texts_to_dataset(texts),
+            tokenizer_with_all(),
+            max_length=max_length,
+            add_bos_token=add_bos_token,
+        )
+    assert rows_of(rows) == [row[:max_length] for row in whole]
+    assert token_counts(rows).tolist() == [len(row[:max_length]) for row in whole]
+    told = [str(warning.message) for warning in said if "texts with more" in str(warning.message)]
+    assert [f"tokens: {longer} of {len(texts)}, the longest of" in one for one in told] == (
+        [True] if longer else []
+    )
+
+
+def test_rows_of_texts_have_a_known_answer_and_format() -> None:
+    texts = datasets.Dataset.from_dict({"body": ["the cat sat", "a"], "url": ["x", "y"]})
+    rows = tokenize_texts(texts, tokenizer_with_all(), column_name="body")
+    assert rows_of(rows) == [[1, 3, 4, 5], [1, 7]]
+    assert rows.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+
+
+def test_slow_tokenizers_and_processes_give_the_same_rows_of_texts() -> None:
+    texts = texts_to_dataset(["the cat sat", "on", "a mat"] * 9)
+    slow = SlowWords(bos_token="<bos>", eos_token="<eos>")
+    expected = rows_of(tokenize_texts(texts, tokenizer_with_all()))
+    assert rows_of(tokenize_texts(texts, slow)) == expected
+    assert rows_of(tokenize_texts(texts, tokenizer_with_all(), num_proc=2)) == expected
+
+
+def test_rows_of_texts_leave_the_tokenizer_alone() -> None:
+    tokenizer = tokenizer_with_all()
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    before = tokenizer.backend_tokenizer.to_str()
+    rows = tokenize_texts(texts_to_dataset(["the cat sat", "a"]), tokenizer)
+    assert rows_of(rows) == [[1, 3, 4, 5], [1, 7]]
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
+def test_rows_of_stored_texts_lie_in_files_too(tmp_path: Any) -> None:
+    texts_to_dataset(["the cat sat", "a"]).save_to_disk(tmp_path)
+    with pytest.warns(UserWarning, match="more than 3 tokens: 1 of 2, the longest of 4"):
+        rows = tokenize_texts(datasets.load_from_disk(tmp_path), tokenizer_with_all(), 3)
+    assert rows.cache_files
+    assert rows_of(rows) == [[1, 3, 4], [1, 7]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "error", "message"),
+    [
+        ({"text": ["a"]}, {"column_name": "body"}, ValueError, "no column 'body'.*--column of"),
+        ({"text": ["a", None]}, {}, TypeError, "row 1 of column 'text' is None"),
+        ({"text": ["a"]}, {"max_length": 1}, ValueError, "max_length=1 is too small"),
+        ({"text": ["a", "", "a", " "]}, {}, ValueError, "tokens: 2 of 4, the first of them in row"),
+        ({"text": [""]}, {"add_bos_token": False}, ValueError, "without tokens: 1 of 1"),
+        ({"text": []}, {}, ValueError, "dataset has no texts"),
+    ],
+)
+def test_errors_of_rows_of_texts(
+    columns: dict[str, list], arguments: dict, error: type[Exception], message: str
+) -> None:
+    features = datasets.Features({"text": datasets.Value("string")})
+    texts = datasets.Dataset.from_dict(columns, features=features)
+    with pytest.raises(error, match=message):
+        tokenize_texts(texts, tokenizer_with_all(), **arguments)
+
+
+def test_rows_of_texts_need_one_data_set_and_a_bos_token() -> None:
+    texts = texts_to_dataset(["a"])
+    with pytest.raises(TypeError, match="an IterableDataset, whose rows"):
+        tokenize_texts(texts.to_iterable_dataset(), tokenizer_with_all())
+    with pytest.raises(TypeError, match=r"pick one, such as dataset\['train'\]"):
+        tokenize_texts(datasets.DatasetDict({"train": texts}), tokenizer_with_all())
+    with pytest.raises(ValueError, match=r"no BOS token.*--no-bos"):
+        tokenize_texts(texts, word_tokenizer())
