@@ -112,7 +112,10 @@ def compare(
 
     def susceptibilities_by_us() -> object:
         stores = {"full": ours(), "l0": ours()}
-        return basinscope.compute_susceptibilities(stores, "task").compute()
+        found = basinscope.compute_susceptibilities(stores, "task")
+        sus = found["susceptibilities"]
+        sus.dataset = sus.to_dataset().drop_vars("sus_mcse")  # the peer gives none
+        return found.compute()
 
     pairs: dict[str, tuple[int, Callable[[], object], Callable[[], object]]] = {
         "token influence": (rounds, *influence()),

@@ -87,7 +87,8 @@ def weighted_means(parts: list[Any], weights: list[np.ndarray] | None = None) ->
         weight = np.ones(part.shape[1]) if weights is None else weights[chain]
         for (_, row, sequence, token), values in chunks_of(part):
             totals[chain, sequence, token] += sums.weighted_totals(values[0], weight[row])
-    return totals / sum(part.shape[1] for part in parts)
+    totals /= sum(part.shape[1] for part in parts)
+    return totals
 
 
 def mean_losses(

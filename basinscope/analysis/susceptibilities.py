@@ -309,35 +309,45 @@ class Task(NamedTuple):
 
 
 class Below(NamedTuple):
-    """By how much E[ℓ] of tokens is below E[P], both of "full".
+    """E[P] and E[ℓ] of tokens, both of "full", as the parts of its chains.
 
     Attributes
     ----------
-    mean : np.ndarray (batch, token_pos)
-    apart : np.ndarray (chain, batch, token_pos)
-        By how much each chain's part of it is beyond its share.
+    of_task : Task
+    mean_loss : np.ndarray (chain, batch, token_pos)
     """
 
-    mean: np.ndarray
-    apart: np.ndarray
+    of_task: Task
+    mean_loss: np.ndarray
+
+    def mean(self) -> np.ndarray:
+        """By how much E[ℓ] is below E[P], (batch, token_pos)."""
+        return self.of_task.mean_loss.sum() - self.mean_loss.sum(axis=0)
+
+    def of_chains(self) -> np.ndarray:
+        """Its parts, (chain, batch, token_pos)."""
+        return self.of_task.mean_loss[:, None, None] - self.mean_loss
 
 
 class Response(NamedTuple):
-    """What tokens of one run take to their susceptibility, as the parts of its chains.
+    """E[φ P] and E[φ ℓ] of tokens of one run, as the parts of its chains.
 
     Attributes
     ----------
-    moved_together : np.ndarray (chain, batch, token_pos)
-        Of E[φ P] - E[φ ℓ].
-    mean_phi : np.ndarray (chain, 1, 1)
-        Of E[φ].
-    shares : np.ndarray (chain,)
-        Of the draws.
+    of_task : Task
+    mean_phi_loss : np.ndarray (chain, batch, token_pos)
     """
 
-    moved_together: np.ndarray
-    mean_phi: np.ndarray
-    shares: np.ndarray
+    of_task: Task
+    mean_phi_loss: np.ndarray
+
+    def mean(self) -> np.ndarray:
+        """E[φ P] - E[φ ℓ], (batch, token_pos)."""
+        return self.of_task.mean_phi_loss.sum() - self.mean_phi_loss.sum(axis=0)
+
+    def of_chains(self) -> np.ndarray:
+        """Its parts, (chain, batch, token_pos)."""
+        return self.of_task.mean_phi_loss[:, None, None] - self.mean_phi_loss
 
 
 Place = tuple[str, slice]  # a block of losses: observable, sequences
@@ -395,22 +405,12 @@ def _of_task(totals: list[Totals], shapes: list[tuple[int, ...]], init_losses: l
 
 
 def _below_task(probes: dict[str, list[Any]], of_task: Task) -> dict[str, Below]:
-    shares = _shares(of_task)
-    found = {}
-    for obs_id, losses in probes.items():
-        parts = of_task.mean_loss[:, None, None] - weighted_means(losses)
-        found[obs_id] = Below(parts.sum(axis=0), _apart(parts, shares))
-    return found
+    return {obs_id: Below(of_task, weighted_means(losses)) for obs_id, losses in probes.items()}
 
 
 def _response(probes: dict[str, list[Any]], of_task: Task) -> dict[str, Response]:
-    mean_phi, mean_phi_loss = (
-        values[:, None, None] for values in (of_task.mean_phi, of_task.mean_phi_loss)
-    )
     return {
-        obs_id: Response(
-            mean_phi_loss - weighted_means(losses, of_task.phi), mean_phi, _shares(of_task)
-        )
+        obs_id: Response(of_task, weighted_means(losses, of_task.phi))
         for obs_id, losses in probes.items()
     }
 
@@ -426,9 +426,8 @@ def _susceptibility(
     obs_id: str,
     checked_ids: np.ndarray | None,  # not used, but no number is given before they are
 ) -> np.ndarray:
-    response, below = responses[obs_id], below_task[obs_id].mean
-    moved_together, mean_phi = response.moved_together.sum(axis=0), response.mean_phi.sum()
-    return (moved_together - mean_phi * below).reshape(-1, 1)
+    response, below = responses[obs_id], below_task[obs_id]
+    return (response.mean() - response.of_task.mean_phi.sum() * below.mean()).reshape(-1, 1)
 
 
 def _error(
@@ -444,8 +443,10 @@ def _error(
     two errors partly cancel.
     """
     response, below = responses[obs_id], below_task[obs_id]
-    own = _apart(response.moved_together - response.mean_phi * below.mean, response.shares)
-    of_full = response.mean_phi.sum() * below.apart
+    mean_phi = response.of_task.mean_phi
+    by_chain = response.of_chains() - mean_phi[:, None, None] * below.mean()
+    own = _apart(by_chain, _shares(response.of_task))
+    of_full = mean_phi.sum() * _apart(below.of_chains(), _shares(below.of_task))
     if in_pairs:
         return np.sqrt(_squared_error(own - of_full)).reshape(-1, 1)
     return np.sqrt(_squared_error(own) + _squared_error(of_full)).reshape(-1, 1)
