@@ -64,8 +64,9 @@ def bif_chance(
         - ``reliability (query)``: by how much the query's influences from as many other chains
           would correlate with these
         - ``noise (query)``: standard deviation that its influences have by chance
-        - ``by_chance (query)``: what the strongest of as many unrelated tokens reaches, on either
-          side of zero. Partners well beyond it are real; one below it may be
+        - ``by_chance (query)``: about what the strongest of as many unrelated tokens reaches, on
+          either side of zero; more where chains have few effective samples or losses rare peaks.
+          Partners well beyond it are real; one below it may be
 
         NaN where the query's loss never changes, or there are fewer than three chains.
 
@@ -159,8 +160,7 @@ def _sums(
     """
     traces = TRACES["token"](covariance, *block)
     of_queries = [own[0] for own in shares_of(asked[None], draws)]
-    in_draws = np.eye(sum(draws), dtype=traces.dtype)[None]
-    of_means = np.concatenate(shares_of(in_draws, draws)[len(draws) :], axis=-1)[0]
+    of_means = _directions(draws).astype(traces.dtype)
     count, shares = len(asked), len(of_queries)
     squares, sums = np.zeros((count, 2 * shares, 2 * shares)), np.zeros((count, 2 * shares))
     found = Sums(squares, sums, np.zeros(count))
@@ -184,6 +184,13 @@ def _sums(
             found.shares[panel] += together.sum(axis=2)
             found.partners[panel] += counted.sum(axis=1)
     return found
+
+
+def _directions(draws: list[int]) -> np.ndarray:
+    """Give what turns traces into the shares of their chains' means, (draw, chain - 1)."""
+    of_one_chain = np.repeat(np.eye(len(draws)), draws, axis=1)
+    coordinates = np.concatenate(shares_of(of_one_chain, draws)[len(draws) :], axis=-1)
+    return np.repeat(coordinates / np.array(draws)[:, None], draws, axis=0)
 
 
 def _squared_length(traces: np.ndarray) -> np.ndarray:

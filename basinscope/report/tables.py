@@ -474,13 +474,13 @@ def susceptibility_figures(sus: xr.DataTree) -> list[dict[str, object]]:
 def susceptibility_table(figures: Sequence[Mapping[str, object]]) -> Table:
     """Show what :func:`susceptibility_figures` found."""
     table = Table(title="Susceptibilities of tokens (nats²)", title_justify="left", show_edge=False)
-    table.add_column("restriction")
+    table.add_column("part")
     table.add_column("observable")
-    for heading in ("mean", "std", "min", "max", "± of a token"):
-        table.add_column(heading, justify="right")
+    for heading in ("mean", "std", "min", "max", "± each"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in figures:
-        numbers = [f"{row[name]:+.3e}" for name in ("mean", "std", "min", "max")]
-        numbers.append("-" if np.isnan(error := float(str(row["error"]))) else f"{error:.3e}")
+        numbers = [f"{row[name]:+.2e}" for name in ("mean", "std", "min", "max")]
+        numbers.append("-" if np.isnan(error := float(str(row["error"]))) else f"{error:.2e}")
         table.add_row(str(row["restriction"]), str(row["observable"]), *numbers)
     return table
 

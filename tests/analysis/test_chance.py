@@ -12,6 +12,7 @@ import xarray as xr
 import basinscope
 from basinscope.analysis import chance as chance_module
 from basinscope.analysis.plan import PlanError
+from basinscope.analysis.shares import shares_of
 from tests.analysis.stores_random import random_tree
 
 SIZES: dict[str, Any] = {"chains": 4, "draws": 20, "tokens": 3, "observables": {"a": 4, "b": 3}}
@@ -103,6 +104,14 @@ def test_losses_that_never_change_are_no_partners_and_have_none() -> None:
     for name, value in plain(tree, (0, 1)).items():
         np.testing.assert_allclose(got[name][0], value, rtol=1e-4)
         assert np.isnan(got[name][1])
+
+
+def test_chains_of_several_lengths_fall_into_the_same_shares() -> None:
+    draws = [5, 9, 3, 7]
+    traces = np.random.default_rng(0).standard_normal((6, 24))
+    traces -= traces.mean(axis=1, keepdims=True)
+    of_means = np.concatenate(shares_of(traces, draws)[4:], axis=-1)
+    np.testing.assert_allclose(traces @ chance_module._directions(draws), of_means, atol=1e-12)
 
 
 def test_nothing_is_computed_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
