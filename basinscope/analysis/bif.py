@@ -262,6 +262,11 @@ class Problem:
             self.queries[0], options.top_k or 0, mean,
         )  # fmt: skip
 
+    @property
+    def draws(self) -> list[int]:
+        """Draws of each chain, as they are stacked."""
+        return [part.shape[1] for part in self.traces.losses[0]]
+
 
 def _between_tokens(problem: Problem, blocks: Blocks) -> Contents:
     options, tokens = problem.options, problem.traces.tokens

@@ -82,7 +82,7 @@ def bif_chance(
         compute_covariance=compute_covariance, top_k=1, queries=queries,
     )  # fmt: skip
     problem = Problem(open_samples(samples, allow_incomplete), options)
-    draws = [part.shape[1] for part in problem.traces.losses[0]]
+    draws = problem.draws
     if len(draws) < 2:
         raise ValueError(
             f"{problem.samples.name} has one chain, and chance is what chains disagree about: "

@@ -95,7 +95,7 @@ def bif_reliability(
         samples, allow_incomplete, correlation_method, loss_keys, batch_index_range,
         average_tokenwise_bif, compute_covariance,
     )  # fmt: skip
-    kind, draws = problem.options.kind, _draws(problem)
+    kind, draws = problem.options.kind, problem.draws
     plan, blocks = plan_reliability(problem.size, limit, len(draws))
     plan.validate(limit)
     if blocks.copied:
@@ -140,7 +140,7 @@ def plan_bif_reliability(
         average_tokenwise_bif, compute_covariance,
     )  # fmt: skip
     limit = parse_memory_limit(memory_limit)
-    return plan_reliability(problem.size, limit, len(_draws(problem)))[0]
+    return plan_reliability(problem.size, limit, len(problem.draws))[0]
 
 
 class Sums(NamedTuple):
@@ -176,7 +176,7 @@ def _problem(
 ) -> Problem:
     options = BifOptions(correlation_method, "stack", loss_keys, rows, rows, average, covariance)
     problem = Problem(open_samples(samples, allow_incomplete), options)
-    if len(_draws(problem)) < 2:
+    if len(problem.draws) < 2:
         raise ValueError(
             f"{problem.samples.name} has one chain, and reliability is how far chains agree: "
             "sample three or more"
@@ -186,10 +186,6 @@ def _problem(
             "reliability is of influences between different sequences: give two or more, each once"
         )
     return problem
-
-
-def _draws(problem: Problem) -> list[int]:
-    return [part.shape[1] for part in problem.traces.losses[0]]
 
 
 def _sums(kind: str, covariance: bool, draws: list[int], *block: Any) -> Sums:
