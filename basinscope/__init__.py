@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from basinscope.analysis.attribution import AttributionStore
     from basinscope.analysis.bif import compute_bif
     from basinscope.analysis.chance import bif_chance
+    from basinscope.analysis.comparison import compare_llc
     from basinscope.analysis.llc import compute_llc
     from basinscope.analysis.reliability import bif_reliability
     from basinscope.analysis.susceptibilities import compute_susceptibilities
@@ -44,6 +45,7 @@ _HOME = {
     "susceptibilities": "basinscope.api",
     "plan": "basinscope.api",
     "compute_llc": "basinscope.analysis.llc",
+    "compare_llc": "basinscope.analysis.comparison",
     "compute_bif": "basinscope.analysis.bif",
     "bif_reliability": "basinscope.analysis.reliability",
     "bif_chance": "basinscope.analysis.chance",
@@ -89,6 +91,7 @@ __all__ = [
     "bif_chance",
     "bif_reliability",
     "check_model",
+    "compare_llc",
     "compute_bif",
     "compute_llc",
     "compute_susceptibilities",

@@ -15,6 +15,7 @@ from basinscope import (
     cli_analysis,
     cli_attribution,
     cli_check,
+    cli_compare,
     cli_extract,
     cli_lens,
 )
@@ -129,6 +130,7 @@ def sample(
 
 app.command()(cli_check.check)
 app.command()(cli_analysis.llc)
+app.command()(cli_compare.compare)
 app.command()(cli_analysis.bif)
 app.command()(cli_analysis.reliability)
 app.command()(cli_analysis.susceptibilities)

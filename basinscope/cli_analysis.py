@@ -359,12 +359,8 @@ def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
     >>> sorted(parse_restrictions(["runs/s_full.zarr", "runs/s_l0h1.zarr"]))
     ['full', 'l0h1']
     """
-    named = [text.partition("=") for text in stores]
-    if all(separator for _, separator, _ in named):
-        pairs = [(name, Path(path)) for name, _, path in named]
-    elif any(separator for _, separator, _ in named):
-        raise ValueError("give every store as NAME=STORE, or none")
-    else:
+    pairs = named_stores(stores)
+    if pairs is None:
         paths = [Path(text) for text in stores]
         full = [path.stem for path in paths if path.stem.endswith("full")]
         prefix = full[0].removesuffix("full") if len(full) == 1 else None
@@ -374,10 +370,24 @@ def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
                 "'full', and all begin alike): give them as NAME=STORE"
             )
         pairs = [(path.stem.removeprefix(prefix), path) for path in paths]
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    return by_name(pairs, "restriction")
+
+
+def named_stores(stores: Sequence[str]) -> list[tuple[str, Path]] | None:
+    """Read NAME=STORE; None where no store has a name."""
+    named = [text.partition("=") for text in stores]
+    if all(separator for _, separator, _ in named):
+        return [(name, Path(path)) for name, _, path in named]
+    if any(separator for _, separator, _ in named):
+        raise ValueError("give every store as NAME=STORE, or none")
+    return None
+
+
+def by_name(pairs: Sequence[tuple[str, Path]], what: str) -> dict[str, Path]:
+    """Refuse names that are given twice."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"restriction {', '.join(twice)} is given twice")
+        raise ValueError(f"{what} {', '.join(sorted(twice))} is given twice")
     return dict(pairs)
 
 

@@ -6,7 +6,7 @@ import numbers
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -26,6 +26,7 @@ from basinscope.analysis.plan import Layout, Plan, plan_means
 from basinscope.analysis.rise import Batches, error_of_chains, error_of_rise
 from basinscope.analysis.selections import numbers_along, row_numbers
 from basinscope.analysis.stores import (
+    Part,
     Samples,
     choose_observables,
     cut,
@@ -101,18 +102,13 @@ def compute_llc(
     """
     opened = open_samples(samples, allow_incomplete)
     chosen = choose_observables(opened, observables)
-    name = sampled_losses(opened)
-    row = str(opened.dataset.variables[name].dims[1])
-    skipped = checked_burn_in(opened, row, burn_in)
+    row, skipped, parts, batches = counted_steps(opened, burn_in)
     plan_llc(opened, chosen).validate(parse_memory_limit(memory_limit))
 
-    parts = [cut(part, slice(skipped, None)) for part in opened.losses(name)]
-    lengths = [part.shape[1] for part in parts]
     computed = with_totals(_estimate, parts, opened.init_loss(), opened.n_beta)
-    batches = _batches(opened, row, skipped, max(lengths))
     judged = delayed(_judge)(computed["traces"], opened.n_beta, batches, opened.init_batch_loss())
-    chains, longest, tokens = len(parts), max(lengths), parts[0].shape[3]
-    sizes = {"chain": chains, "row": longest, "token_pos": tokens}
+    longest = max(part.shape[1] for part in parts)
+    sizes = {"chain": len(parts), "row": longest, "token_pos": parts[0].shape[3]}
     members = {
         name: (tuple(sizes[dim] for dim in dim_names), np.float64)
         for name, (dim_names, _, _) in _VARIABLES.items()
@@ -195,15 +191,58 @@ def _judge(
     batches: Batches | None,
     init_losses: list[Any] | None,
 ) -> dict[str, float]:
-    of_batches = None
-    if batches is not None and init_losses is not None:
-        losses = [np.asarray(part) for part in init_losses]
-        means = np.stack([loss.mean(axis=-1, dtype=np.float64).ravel() for loss in losses])
-        if means.shape[1] == batches.at_init().size:  # and not a selection of the batches
-            of_batches = means
-    error = error_of_rise(traces, batches, of_batches)
+    error = error_of_rise(traces, batches, batch_means(init_losses, batches))
     judged = {**diagnose_trace(traces), "llc_mcse": n_beta * error}
     return {name: np.float64(value) for name, value in judged.items()}  # an array, to be stored
+
+
+def batch_means(init_losses: list[Any] | None, batches: Batches | None) -> np.ndarray | None:
+    """Average the losses at the checkpoint over tokens, (1 or chain, init_batch), float64.
+
+    None where they are not known, or are those of a selection of the batches.
+    """
+    if batches is None or init_losses is None:
+        return None
+    losses = [np.asarray(part) for part in init_losses]
+    means = np.stack([loss.mean(axis=-1, dtype=np.float64).ravel() for loss in losses])
+    return means if means.shape[1] == batches.at_init().size else None
+
+
+class Counted(NamedTuple):
+    """The losses of the steps that an LLC counts.
+
+    Attributes
+    ----------
+    row : str
+        Their dimension: step, or draw where a store has no losses of single steps.
+    skipped : int
+        Rows before the first of them.
+    parts : list of Part
+        Of each chain, (1, row, batch, token_pos).
+    batches : Batches or None
+        What they saw; None if it is not known.
+    """
+
+    row: str
+    skipped: int
+    parts: list[Part]
+    batches: Batches | None
+
+
+def counted_steps(samples: Samples, burn_in: int) -> Counted:
+    """Find the losses that count after a burn-in; reads nothing.
+
+    Raises
+    ------
+    ValueError
+        If the burn-in is no number of steps, or leaves none.
+    """
+    name = sampled_losses(samples)
+    row = str(samples.dataset.variables[name].dims[1])
+    skipped = checked_burn_in(samples, row, burn_in)
+    parts = [cut(part, slice(skipped, None)) for part in samples.losses(name)]
+    longest = max(part.shape[1] for part in parts)
+    return Counted(row, skipped, parts, _batches(samples, row, skipped, longest))
 
 
 def _batches(samples: Samples, row: str, first: int, rows: int) -> Batches | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,6 +125,39 @@ def error_of_rise(
     new = max(0.0, of_one_batch - of_others) * _spread(of_rows, batches.per_epoch)
     at_start *= _spread(slope * of_rows - of_start, batches.per_epoch)
     return float(np.sqrt(own**2 + new + at_start))
+
+
+def drift_of(traces: Sequence[np.ndarray], shared: bool) -> tuple[float, float]:
+    """Mean of the second half of traces minus that of the first, and its standard error.
+
+    Over the rows that all chains have. The error is the drift's own: noise of batches that cancels
+    between the chains and the loss at the checkpoint does not cancel between the halves.
+
+    Parameters
+    ----------
+    traces : sequence of np.ndarray (rows,)
+    shared : bool
+        Whether all chains see the same batches.
+
+    Returns
+    -------
+    tuple of float
+        In the traces' unit; NaN where there are too few rows.
+    """
+    rows = min(map(len, traces))
+    middle = -(-rows // 2)
+    if middle == rows:
+        return float("nan"), float("nan")
+    values = np.stack([trace[:rows] for trace in traces])
+    halves = values[:, :middle], values[:, middle:]
+    errors = [error_of_mean(list(half), shared) for half in halves]
+    return float(halves[1].mean() - halves[0].mean()), math.hypot(*errors)
+
+
+def error_of_mean(traces: Sequence[np.ndarray], shared: bool) -> float:
+    """Standard error of the mean of traces, whatever the loss at the checkpoint."""
+    batches = Batches(np.arange(min(map(len, traces))), init_steps=0, shared=shared)
+    return error_of_rise(traces, batches)
 
 
 def _noise(values: np.ndarray, batches: Batches) -> tuple[float, float]:

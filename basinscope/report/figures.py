@@ -248,10 +248,15 @@ def _canvas(title: str, rows: int = 0) -> tuple[Figure, list[Axes]]:
     else:
         panels = [figure.subplots()]
     for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
+        axes_without_frame(axes)
     return figure, panels
+
+
+def axes_without_frame(axes: Axes) -> None:
+    """Have the left and the lower axis alone, and pale lines across."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
 
 
 def _trace(llc: xr.Dataset) -> np.ndarray:

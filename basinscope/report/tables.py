@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from basinscope.analysis.plan import Plan
-from basinscope.analysis.rise import Batches, error_of_rise
+from basinscope.analysis.rise import drift_of, error_of_mean
 from basinscope.analysis.selections import planned_rows
 from basinscope.io import dims
 from basinscope.io.store import DONE, FAILED, PENDING, RUNNING, sampler_settings
@@ -91,7 +90,7 @@ def _note_of_start(llc: xr.Dataset) -> list[str]:
     settings = sampler_settings(llc.attrs)
     steps = planned_rows(llc, dims.STEP, unknown=0)
     batches = int(settings.get("num_init_loss_batches", steps))
-    of_traces = float(llc["n_beta"]) * _error_of_mean(llc, llc["loss_trace"])
+    of_traces = float(llc["n_beta"]) * error_of_mean(*_traces(llc))
     if batches >= steps or not llc_error(llc) > 1.5 * of_traces:
         return []
     return [
@@ -134,26 +133,17 @@ def _note_of_burn_in(llc: xr.Dataset) -> list[str]:
 def llc_drift(llc: xr.Dataset) -> tuple[float, float]:
     """Give the LLC of the second half of the steps minus that of the first, and its standard error.
 
-    Over the steps that all chains have. The error is the drift's own: noise of batches that
-    cancels between the chains and the loss at the checkpoint does not cancel between the halves.
+    See :func:`basinscope.analysis.rise.drift_of`.
     """
-    traces = llc["loss_trace"].transpose("chain", ...)
-    common = traces.isel({traces.dims[1]: np.isfinite(traces.to_numpy()).all(axis=0)})
-    middle = -(-common.shape[1] // 2)
-    halves = common[:, :middle], common[:, middle:]
-    if not halves[1].size:
-        return float("nan"), float("nan")
-    drift = float(halves[1].mean() - halves[0].mean())
-    error = math.hypot(*(_error_of_mean(llc, half) for half in halves))
-    return float(llc["n_beta"] * drift), float(llc["n_beta"] * error)
+    n_beta, (drift, error) = float(llc["n_beta"]), drift_of(*_traces(llc))
+    return n_beta * drift, n_beta * error
 
 
-def _error_of_mean(llc: xr.Dataset, traces: xr.DataArray) -> float:
-    """Standard error of the mean over chains and rows, whatever the loss at the checkpoint."""
+def _traces(llc: xr.Dataset) -> tuple[list[np.ndarray], bool]:
+    """Give the chains' loss traces, and whether they saw the same batches."""
     shared = sampler_settings(llc.attrs).get("match_sampling_input_ids_across_chains", True)
-    values = traces.transpose("chain", ...).to_numpy()
-    batches = Batches(np.arange(values.shape[1]), init_steps=0, shared=bool(shared))
-    return error_of_rise([trace[np.isfinite(trace)] for trace in values], batches)
+    traces = llc["loss_trace"].transpose("chain", ...).to_numpy()
+    return [trace[np.isfinite(trace)] for trace in traces], bool(shared)
 
 
 def llc_figures(llc: xr.Dataset) -> dict[str, object]:
