@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from basinscope.lens import LogitLens
     from basinscope.models.activation_cache import ActivationCache
     from basinscope.models.extraction import ExtractionConfig, extract
-    from basinscope.models.interventions import Intervention
+    from basinscope.models.interventions import Intervention, intervened
     from basinscope.models.preview import preview_weight_restriction
     from basinscope.models.restrictions import all_heads, all_layers, create_param_masks
     from basinscope.sampling.check import check_model
@@ -65,6 +65,7 @@ _HOME = {
     "ExtractionConfig": "basinscope.models.extraction",
     "ActivationCache": "basinscope.models.activation_cache",
     "Intervention": "basinscope.models.interventions",
+    "intervened": "basinscope.models.interventions",
     "extract_dataset": "basinscope.extraction",
     "open_activations": "basinscope.io.activation_store",
     "ActivationSaver": "basinscope.activations",
@@ -100,6 +101,7 @@ __all__ = [
     "extract",
     "extract_dataset",
     "harvest_attributions",
+    "intervened",
     "llc",
     "merge_attributions",
     "open_activations",

@@ -70,8 +70,8 @@ def extract_dataset(
     config : ExtractionConfig
     output : path
     batch_size : int
-        Examples in a forward pass. "mean" and "patch" interventions see one batch, so that with
-        them a store is continued with the same size only.
+        Examples in a forward pass. "mean", "patch" and "add" interventions see one batch, so that
+        with them a store is continued with the same size only.
     interventions : sequence of Intervention
     save_unembedding : bool
         Store final norm and unembedding beside the activations, so that a logit lens needs neither
@@ -111,7 +111,7 @@ def extract_dataset(
         groups = _reported(by_length(ids, batch_size), begin, report)
         return run_by_length(extractor, ids, groups, coords, width=lengths[-1])
 
-    see_batch = any(intervention.kind in ("mean", "patch") for intervention in interventions)
+    see_batch = any(intervention.kind in ("mean", "patch", "add") for intervention in interventions)
     if see_batch and one_length and rows > batch_size and rows % batch_size:
         run(rows // batch_size * batch_size, batch_size)  # they must fit the last, smaller one too
     cache = run(0, batch_size if one_length else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -25,7 +25,8 @@ from basinscope.models.forward import (
 from basinscope.models.head import NoLinearHeadError, named_head
 from basinscope.models.interventions import (
     Intervention,
-    intervened,
+    changed,
+    listed,
     require_keys,
     require_possible,
 )
@@ -36,15 +37,17 @@ from basinscope.models.lengths import (
     require_positions,
     run_by_length,
 )
-from basinscope.models.positions import Positions, described, plain, resolve_positions
+from basinscope.models.passes import Passes, untouched
+from basinscope.models.positions import Positions, Span, described, plain, resolve_positions
+from basinscope.models.shares import Added
 from basinscope.models.sites import (
     FINAL_NORM,
-    Heads,
     Site,
     Sites,
     by_example,
     find_sites,
     head_weights,
+    listening,
 )
 from basinscope.models.structure import require_module
 
@@ -230,12 +233,13 @@ class Extractor:
         require_module(model)
         self.model = model = inside_bridge(model)
         self.config = config
-        self.interventions = _listed(interventions)
-        self.sites = find_sites(model)
+        self.interventions = listed(interventions)
+        with untouched(model):
+            self.sites = find_sites(model)
         self.names = _names(config, self.sites)
         if "logits" in self.names:
             _require_head(model)
-        with self._attention():
+        with self._attention(), untouched(model):
             require_possible(model, self.sites, self.interventions)
         self.metadata = _describe(model, config, self.interventions, len(self.sites.layers))
 
@@ -252,9 +256,10 @@ class Extractor:
             stack.enter_context(torch.no_grad())
             stack.enter_context(evaluating(self.model))
             stack.enter_context(self._attention())
-            stack.enter_context(intervened(self.model, self.sites, self.interventions, length))
+            passes = Passes(Span.whole(length))
+            added = stack.enter_context(changed(self.model, self.sites, self.interventions, passes))
             for name in self.names:
-                self._listen(stack, name, taken)
+                self._listen(stack, name, taken, added)
             if last := self._last_module():
                 stack.callback(last.register_forward_hook(_stop).remove)
             try:
@@ -310,14 +315,14 @@ class Extractor:
         blocks = [self.model.get_submodule(self.sites.plain[n].module) for n in patterns]
         return _eager_attention(self.model, blocks)
 
-    def _listen(self, stack: ExitStack, name: str, taken: _Taken) -> None:
+    def _listen(self, stack: ExitStack, name: str, taken: _Taken, added: Added) -> None:
         """Hook the modules that an activation is read from."""
         sites = self.sites
         if name in sites.plain:
             use = taken.put_statistics if name == FINAL_NORM else partial(taken.put_chosen, name)
             self._hook(stack, sites.plain[name], use, taken.length)
         elif _kind(name) == "head_out":
-            self._listen_to_heads(stack, name, sites.heads[_layer(name)], taken)
+            self._listen_to_heads(stack, name, taken, added)
         elif _kind(name) == "resid_mid":
             before: list[Tensor] = []
 
@@ -330,14 +335,17 @@ class Extractor:
             )
             self._hook(stack, attention, add, taken.length)
 
-    def _listen_to_heads(self, stack: ExitStack, name: str, heads: Heads, taken: _Taken) -> None:
+    def _listen_to_heads(self, stack: ExitStack, name: str, taken: _Taken, added: Added) -> None:
         """Hook where the heads' outputs meet the projection, and the norms that follow it."""
+        heads = self.sites.heads[_layer(name)]
         weights = head_weights(self.model, heads)
         shares: list[Tensor] = []
 
         def project(passed: Tensor) -> None:
             chosen = taken.choose(passed)
             contributions = torch.einsum("bphs,hsd->bphd", chosen, weights.to(chosen.dtype))
+            for head, more in added.get(_layer(name), {}).items():
+                contributions[:, :, head] += taken.choose(more)
             shares.append(contributions * heads.scale if heads.scale != 1 else contributions)
             if not heads.after:
                 taken.put(name, shares.pop())
@@ -358,19 +366,7 @@ class Extractor:
         self, stack: ExitStack, site: Site, use: Callable[[Tensor], None], length: int
     ) -> None:
         """Hand the tensor of a site on whenever its module runs."""
-        module = self.model.get_submodule(site.module)
-        if site.part == "input":
-
-            def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-                use(site.read(args, kwargs, None, length))
-
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        else:
-
-            def after(module: nn.Module, args: Any, output: Any) -> None:
-                use(site.read(args, {}, output, length))
-
-            stack.callback(module.register_forward_hook(after).remove)
+        stack.callback(listening(self.model, site, use, lambda: length).remove)
 
     def _last_module(self) -> nn.Module | None:
         """The layer after which nothing more is asked for; None where the model runs to its end."""
@@ -495,16 +491,6 @@ class _EnoughError(Exception):
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _EnoughError
-
-
-def _listed(interventions: Any) -> tuple[Intervention, ...]:
-    listed = tuple(interventions) if isinstance(interventions, Iterable) else (None,)
-    if not all(isinstance(part, Intervention) for part in listed):
-        raise TypeError(
-            f"interventions={interventions!r} must be a list of Intervention, such as "
-            "[Intervention('zero', 'mlp_out_0')]"
-        )
-    return listed
 
 
 def _require_head(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ mask is tried on a few tokens before anything else runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from basinscope.models.forward import evaluating, is_transformer_lens, token_logits, vocabulary_size
-from basinscope.models.positions import Positions, resolve_positions
+from basinscope.models.passes import Passes
+from basinscope.models.positions import Positions, Span, has_no_end
 from basinscope.models.restrictions import structure_of
 from basinscope.models.sites import Sites, by_example
 from basinscope.models.stream import PROBE_TOKENS, changing_input, first_tensor, stream_of
@@ -52,12 +53,14 @@ class Knockout:
 
 
 Cut = dict[int | None, Tensor]
-"""Query head, or None for all of them, to what is knocked out there: bool (token, key token)."""
+"""Query head, or None for all of them, to what is knocked out there: bool (token, key token).
+
+The tokens are those that run, the key tokens all from the sequence's first."""
 
 
 @contextmanager
 def knocked_out(
-    model: nn.Module, sites: Sites, knockouts: Sequence[Knockout], length: int
+    model: nn.Module, sites: Sites, knockouts: Sequence[Knockout], passes: Passes
 ) -> Iterator[None]:
     """Apply knockouts to the forward passes inside the block; those of one layer add up.
 
@@ -67,22 +70,46 @@ def knocked_out(
         If the model has no such layer or head, or as :func:`cuts_of`; inside the block, if a layer
         with a window leaves a token no key, or is given no mask that knockouts can be put into.
     """
-    places = _places(model, sites, knockouts)
+    cuts = _Cuts(knockouts, passes)
+    if passes.span is not None:
+        cuts.of(passes.span)
     with ExitStack() as hooks:
-        for layer, cut in cuts_of(knockouts, length).items():
-            name, heads = places[layer]
-            module, whole = model.get_submodule(name), _by_head(cut, heads)
+        for layer, (name, heads) in _places(model, sites, knockouts).items():
+            module, now = model.get_submodule(name), partial(cuts.now, layer, heads)
             if is_transformer_lens(model):
-                handle = module.register_forward_hook(partial(_mask_scores, name, whole))
+                handle = module.register_forward_hook(partial(_mask_scores, name, now))
             else:
-                hook = partial(_change_mask, name, whole)
+                hook = partial(_change_mask, name, now)
                 handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             hooks.callback(handle.remove)
         yield
 
 
-def cuts_of(knockouts: Sequence[Knockout], length: int) -> dict[int, Cut]:
-    """Add up, layer by layer, what is knocked out of a sequence.
+class _Cuts:
+    """What is knocked out in the pass that runs, added up once for all layers."""
+
+    def __init__(self, knockouts: Sequence[Knockout], passes: Passes) -> None:
+        self._knockouts, self._passes = knockouts, passes
+        self._span: Span | None = None
+        self._cuts: dict[int, Cut] = {}
+
+    def of(self, span: Span) -> dict[int, Cut]:
+        if span != self._span:
+            self._cuts, self._span = cuts_of(self._knockouts, span), span
+        return self._cuts
+
+    def now(self, layer: int, heads: int) -> tuple[Tensor, Span] | None:
+        targets = {knockout.target for knockout in self._knockouts if knockout.layer == layer}
+        span = self._passes.now(*targets)
+        return None if span is None else (_by_head(self.of(span)[layer], heads), span)
+
+
+Now = Callable[[], tuple[Tensor, Span] | None]
+"""Gives what is knocked out in the pass that runs, (head or 1, token, key token), and its span."""
+
+
+def cuts_of(knockouts: Sequence[Knockout], span: Span) -> dict[int, Cut]:
+    """Add up, layer by layer, what is knocked out of the tokens that run.
 
     Raises
     ------
@@ -92,19 +119,22 @@ def cuts_of(knockouts: Sequence[Knockout], length: int) -> dict[int, Cut]:
     """
     made: dict[tuple[int, ...], Tensor] = {}  # layers share one where they can: it is large
     cuts: dict[int, Cut] = {}
-    past = torch.ones(length, length, dtype=torch.bool).tril()
+    past = _past(span)
     for knockout in knockouts:
-        queries = _resolved(knockout, "positions", length)
-        keys = _resolved(knockout, "key_positions", length)
-        if max(queries) < min(keys):
+        queries = _resolved(knockout, "positions", span)
+        keys = _resolved(knockout, "key_positions", span)
+        first = min(keys, default=span.prompt)  # without any, tokens that will be generated
+        if not (span.goes_on and has_no_end(knockout.queries)) and max(queries) < first:
             raise ValueError(
-                f"{knockout.target!r}: no token up to {max(queries)} attends to {min(keys)} or to "
+                f"{knockout.target!r}: no token up to {max(queries)} attends to {first} or to "
                 "what follows: give key_positions at or before the positions"
             )
-        known = (*queries, -1, *keys)
+        rows = [query - span.start for query in queries if span.start <= query < span.stop]
+        columns = [key for key in keys if key < span.stop]
+        known = (*rows, -1, *columns)
         if known not in made:
             made[known] = torch.zeros_like(past)
-            made[known][torch.tensor(queries)[:, None], keys] = True
+            made[known][torch.tensor(rows, dtype=torch.long)[:, None], columns] = True
         cut, of_layer = made[known], cuts.setdefault(knockout.layer, {})
         before = of_layer.get(knockout.head)
         of_layer[knockout.head] = cut if before is None else before | cut
@@ -113,15 +143,20 @@ def cuts_of(knockouts: Sequence[Knockout], length: int) -> dict[int, Cut]:
         cuts[layer] = _with_those_of_all(of_layer)
         for cut in cuts[layer].values():
             if not any(cut is other for other in checked):
-                _require_keys_left(f"layer {layer}", past, cut)
+                _require_keys_left(f"layer {layer}", past, cut, span.start)
                 checked.append(cut)
     return cuts
 
 
-def _resolved(knockout: Knockout, what: str, length: int) -> list[int]:
+def _past(span: Span) -> Tensor:
+    """Which tokens each one that runs may attend to: bool (token, key token)."""
+    return torch.ones(span.length, span.stop, dtype=torch.bool).tril(span.start)
+
+
+def _resolved(knockout: Knockout, what: str, span: Span) -> list[int]:
     positions = knockout.queries if what == "positions" else knockout.keys
     try:
-        return resolve_positions(positions, length)
+        return span.resolve(positions)
     except ValueError as error:
         raise ValueError(f"{what} of {knockout.target!r}: {error}") from error
 
@@ -140,16 +175,22 @@ def _by_head(cut: Cut, heads: int) -> Tensor:
     return torch.stack([cut.get(head, others) for head in range(heads)])
 
 
-def _require_keys_left(where: str, allowed: Tensor, cut: Tensor) -> None:
-    """Refuse a softmax over nothing; bool (..., token, key token)."""
+def _require_keys_left(
+    where: str, allowed: Tensor, cut: Tensor, start: int, hidden: int = 0
+) -> None:
+    """Refuse a softmax over nothing; bool (..., token, key token).
+
+    Numbers of tokens in the message count from `start`, those of keys from `hidden`.
+    """
     none_left = allowed.any(-1) & ~(allowed & ~cut).any(-1)
     if none_left.any():
         place = tuple(none_left.nonzero()[0].tolist())
         of_each = allowed.expand(*none_left.shape, -1)
         keys = of_each[place].nonzero()[:, 0].tolist()
         raise ValueError(
-            f"{where} lets token {place[-1]} attend to tokens {keys[0]} to {keys[-1]} only, and "
-            "all of these are knocked out: leave it a key, or leave it out of the positions"
+            f"{where} lets token {place[-1] + start} attend to tokens {keys[0] + hidden} to "
+            f"{keys[-1] + hidden} only, and all of these are knocked out: leave it a key, or leave "
+            "it out of the positions"
         )
 
 
@@ -187,43 +228,62 @@ def _count_heads(model: nn.Module, knockout: Knockout) -> int:
     return layer.num_heads
 
 
-def _mask_scores(name: str, cut: Tensor, module: nn.Module, args: Any, scores: Tensor) -> Tensor:
+def _mask_scores(name: str, now: Now, module: nn.Module, args: Any, scores: Tensor) -> Any:
     """A hook on the scores of a TransformerLens model, (example, head, token, key token)."""
-    cut = cut.to(scores.device)
-    _require_keys_left(name, scores[0] > torch.finfo(scores.dtype).min / 2, cut)
+    given = now()
+    if given is None:
+        return None
+    cut, span = given[0].to(scores.device), given[1]
+    _require_keys_left(name, scores[0] > torch.finfo(scores.dtype).min / 2, cut, span.start)
     return scores.masked_fill(cut, -torch.inf)
 
 
-def _change_mask(name: str, cut: Tensor, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _change_mask(name: str, now: Now, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """A pre-hook on attention that is given a mask, or makes its own where it is given none."""
+    what = now()
+    if what is None or not what[0].any():
+        return None
+    cut, span = what
     parameters = list(signature(module.forward).parameters)
     at = parameters.index(MASK) if MASK in parameters else len(args)
     mask = args[at] if at < len(args) else kwargs.get(MASK)
     if mask is None:
+        if any(getattr(value, "is_compileable", False) for value in (*args, *kwargs.values())):
+            raise ValueError(
+                f"{name} is given no mask, and a cache with room for tokens to come: leave out "
+                "cache_implementation='static', or load the model with attn_implementation='eager'"
+            )
         given = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        changed = _causal_mask(module, cut.to(given.device))
-    elif not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2:] != cut.shape[-2:]:
+        changed = _causal_mask(module, cut.to(given.device), span)
+    elif not _fits(mask, span):
         shape = tuple(getattr(mask, "shape", ()))
         raise ValueError(
             f"{name} is given a {type(mask).__name__} {shape} for its mask, and no Tensor "
             f"(example, head, token, token){_ADVICE}"
         )
     else:
-        changed = _forbidding(name, mask, cut.to(mask.device))
+        changed = _forbidding(name, mask, cut.to(mask.device), span)
     if at < len(args):
         return (*args[:at], changed, *args[at + 1 :]), kwargs
     return args, {**kwargs, MASK: changed}
 
 
+def _fits(mask: Any, span: Span) -> bool:
+    """Whether a mask is for the tokens that run; those of a cache have keys of their own number."""
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != span.length:
+        return False
+    return span.goes_on or mask.shape[-1] == span.stop
+
+
 _ADVICE = ": load the model with attn_implementation='sdpa' or 'eager'"
 
 
-def _causal_mask(module: nn.Module, cut: Tensor) -> Tensor:
+def _causal_mask(module: nn.Module, cut: Tensor, span: Span) -> Tensor:
     """What scaled_dot_product_attention takes instead of ``is_causal``: True to attend."""
     used = _attention_of(module)
     if used not in (None, "eager", "sdpa"):
         raise ValueError(f"its attention ({used}) takes no mask{_ADVICE}")
-    return (~cut).tril()[None]
+    return (~cut & _past(span).to(cut.device))[None]
 
 
 def _attention_of(module: nn.Module) -> str | None:
@@ -231,16 +291,24 @@ def _attention_of(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
-def _forbidding(name: str, mask: Tensor, cut: Tensor) -> Tensor:
-    """Add what is knocked out to a mask of numbers to add, of True to attend, or True not to."""
+def _forbidding(name: str, mask: Tensor, cut: Tensor, span: Span) -> Tensor:
+    """Add what is knocked out to a mask of numbers to add, of True to attend, or True not to.
+
+    Where it has fewer keys than there are tokens, a window has dropped the first ones; where it has
+    more, the cache has room for tokens to come.
+    """
+    keys = mask.shape[-1]
+    hidden, room = max(span.stop - keys, 0), max(keys - span.stop, 0)
+    cut = nn.functional.pad(cut[..., hidden:], (0, room))
     if mask.dtype != torch.bool:
         least = torch.finfo(mask.dtype).min
-        _require_keys_left(name, mask[0] > least / 2, cut)
+        _require_keys_left(name, mask[0] > least / 2, cut, span.start, hidden)
         return mask.masked_fill(cut, least)
-    itself, future = bool(mask[0, 0, 0, 0]), bool(mask[0, 0, 0, -1])
-    if itself == future:
+    own = span.start - hidden
+    itself = bool(mask[0, 0, 0, own])
+    if own + 1 < keys and itself == bool(mask[0, 0, 0, -1]):
         raise ValueError(f"the mask of {name} treats the first token's own key as those after it")
-    _require_keys_left(name, mask[0] == itself, cut)
+    _require_keys_left(name, mask[0] == itself, cut, span.start, hidden)
     return mask & ~cut if itself else mask | cut
 
 
@@ -284,7 +352,7 @@ def _try(
     with evaluating(model):
         plain, other = (_handed_on(model, sites, (), change) for change in (False, True))
         cut, other_cut = (_handed_on(model, sites, tried, change) for change in (False, True))
-    for layer, of_layer in cuts_of(tried, PROBE_TOKENS).items():
+    for layer, of_layer in cuts_of(tried, Span.whole(PROBE_TOKENS)).items():
         runs = [run.get(layer, []) for run in (plain, other, cut, other_cut)]
         which = None if None in of_layer else sorted(head for head in of_layer if head is not None)
         if why := _disobeyed(runs, which, heads[layer]):
@@ -335,7 +403,8 @@ def _handed_on(
                     lambda _, args, n=number: keep(n, args)
                 )
             hooks.callback(handle.remove)
-        hooks.enter_context(knocked_out(model, sites, knockouts, PROBE_TOKENS))
+        passes = Passes(Span.whole(PROBE_TOKENS))
+        hooks.enter_context(knocked_out(model, sites, knockouts, passes))
         device, count = next(model.parameters()).device, vocabulary_size(model) or 2
         ids = torch.arange(2, PROBE_TOKENS + 2, device=device) * 104729 % count
         try:

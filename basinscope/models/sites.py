@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from basinscope.models.canonical import canonical_maps
 from basinscope.models.forward import evaluating, is_transformer_lens, token_logits
@@ -70,6 +71,24 @@ class Site:
         if self.heads and found.ndim == 3:
             found = found.unflatten(-1, (self.heads, -1))
         return found if self.scale == 1.0 else found * self.scale
+
+
+def listening(
+    model: nn.Module, site: Site, use: Callable[[Tensor], None], length: Callable[[], int]
+) -> RemovableHandle:
+    """Hand the tensor of a site on whenever its module runs; `length` counts the tokens then."""
+    module = model.get_submodule(site.module)
+    if site.part == "input":
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            use(site.read(args, kwargs, None, length()))
+
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        use(site.read(args, {}, output, length()))
+
+    return module.register_forward_hook(after)
 
 
 def by_example(array: Tensor, length: int) -> Tensor:
@@ -222,7 +241,7 @@ def _queries_keys_values(model: nn.Module, structure: ModelStructure) -> dict[st
 
 def head_weights(model: nn.Module, heads: Heads) -> Tensor:
     """Give the map from each head to the stream, (head, d_head, d_model)."""
-    weight = model.get_parameter(heads.projection).detach()
+    weight = model.get_parameter(heads.projection)
     if weight.ndim == 3:
         return weight
     module = model.get_submodule(heads.projection.rpartition(".")[0])
