@@ -11,14 +11,13 @@ from rich.table import Table
 
 from basinscope.analysis.comparison import OTHER, RUN
 from basinscope.report.figures import COLOURS, INK, axes_without_frame
-from basinscope.report.tables import error_text
+from basinscope.report.tables import NO_MINIMUM, SURELY, error_text, is_below_zero
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MANY_TIMES = 20  # a range of run numbers that a logarithmic axis shows better
-NOT_ARRIVED = 3.0  # a drift of so many times its standard error
 
 
 def comparison_table(found: xr.Dataset) -> Table:
@@ -66,9 +65,9 @@ def comparison_notes(found: xr.Dataset) -> list[str]:
             "* The two runs did not see the same batches step by step, and count as independent: "
             "the same data, batch_size, init_seed and numbers of steps and chains would pair them."
         )
-    moving = [
-        str(row["run"]) for row in rows if abs(row["drift"]) > NOT_ARRIVED * row["drift_error"]
-    ]
+    if any(is_below_zero(row["llc"], row["llc_error"]) for row in rows):
+        notes.append(NO_MINIMUM)
+    moving = [str(row["run"]) for row in rows if abs(row["drift"]) > SURELY * row["drift_error"]]
     if moving:
         notes.append(
             f"Chains have not arrived, by their drift: {', '.join(moving)}. Their LLC is too low "

@@ -26,6 +26,11 @@ OBSERVABLES = (
     "On an observable: nβ times the rise of its loss along chains that follow the sampling data "
     "alone; it measures no basin of the observable's own, and may be negative."
 )
+NO_MINIMUM = (
+    "A negative LLC says that chains went down from the checkpoint: the loss has no minimum there, "
+    "and how sharp one is cannot be told. Train longer, or localize more."
+)
+SURELY = 3.0  # standard errors
 BY_CHANCE = "by_chance"
 OF_CHANCE = ("reliability", "noise", BY_CHANCE)
 FIRST_DRAW = "first draw"  # an LLC's attribute "reference"; the other one is "checkpoint"
@@ -79,10 +84,20 @@ def llc_notes(llc: xr.Dataset) -> list[str]:
         "± is the standard error. An R-hat below 1.01 says that the chains agree; a drift (second "
         "half minus first) far beyond its error, that they have not arrived. Fewer than about 100 "
         "effective samples are too few to judge.",
+        *_note_of_sign(llc),
         *_note_of_start(llc),
         *_note_of_settling(llc),
         *_note_of_burn_in(llc),
     ]
+
+
+def _note_of_sign(llc: xr.Dataset) -> list[str]:
+    return [NO_MINIMUM] if is_below_zero(float(llc["llc_mean"]), llc_error(llc)) else []
+
+
+def is_below_zero(value: float, error: float) -> bool:
+    """Whether an LLC is negative, far beyond its standard error."""
+    return value < -SURELY * error
 
 
 def _note_of_start(llc: xr.Dataset) -> list[str]:

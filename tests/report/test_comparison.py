@@ -53,6 +53,9 @@ def test_notes_say_what_not_to_trust() -> None:
     assert "n_beta" not in notes
     moving = compared(["a", "b", "c"], llc_drift=np.array([0, -3.1, 2.9]))
     assert "Chains have not arrived, by their drift: b." in " ".join(comparison_notes(moving))
+    assert "A negative LLC" not in " ".join(notes)
+    descending = compared(["a", "b", "c"], llc_mean=np.array([10.0, -6.1, 13.0]))
+    assert "A negative LLC says that chains went down" in " ".join(comparison_notes(descending))
     mixed = compared(["a", "b", "c"], n_beta=np.array([30.0, 30.0, 31.0]))
     assert "Runs differ in n_beta" in comparison_notes(mixed)[-1]
     alike = compared(["a", "b", "c"]).isel(run=[0, 1], other_run=[0, 1])

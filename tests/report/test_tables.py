@@ -11,6 +11,7 @@ from rich.table import Table
 import basinscope
 from basinscope.report.tables import (
     FIRST_DRAW_CAVEAT,
+    NO_MINIMUM,
     OBSERVABLES,
     against_first_draw,
     chance_note,
@@ -188,6 +189,14 @@ def test_without_burn_in_and_without_single_steps_nothing_is_said_of_it() -> Non
         notes = llc_notes(basinscope.compute_llc(given).compute())
         assert len(notes) == 2
         assert "drift" in notes[0]
+
+
+def test_a_negative_llc_is_said_to_be_none() -> None:
+    """Beyond three standard errors; nothing is said where there is no error."""
+    llc = basinscope.compute_llc(random_tree(1)).compute()
+    for value, error, said in ((-3.1, 1.0, True), (-2.9, 1.0, False), (-9.0, np.nan, False)):
+        notes = llc_notes(llc.assign(llc_mean=value, llc_mcse=error))
+        assert (NO_MINIMUM in notes) == said
 
 
 def test_drift_is_the_llc_of_the_second_half_minus_that_of_the_first() -> None:
