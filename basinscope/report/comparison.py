@@ -142,7 +142,7 @@ def comparison_figure(found: xr.Dataset) -> Figure:
     )  # fmt: skip
     above.set(ylabel="LLC ± standard error")
     below.plot(places, found["init_loss"], color=COLOURS[1], marker="o", markersize=4, gid="loss")
-    below.set(ylabel="loss there (nats)")
+    below.set(ylabel="loss (nats)")
     for axes in (above, below):
         axes_without_frame(axes)
     if numbered:
@@ -161,6 +161,7 @@ def _scale(axes: Axes, places: np.ndarray) -> None:
         axes.set_xscale("log")
     else:
         axes.set_xscale("symlog", linthresh=positive.min())
+    axes.xaxis.set_major_formatter("{x:g}")
 
 
 def _with_error(row: dict[str, Any], name: str, sign: str) -> str:
