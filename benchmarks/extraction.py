@@ -60,7 +60,7 @@ def main() -> None:
             settings = {"size": size, "against": against, **threads}
             rounds = min(asked.rounds, 7)  # they last longer
             record(asked.out, "extraction lengths", settings, lengths(size, against, rounds))
-    size, gigabytes = ("toy", 0.001) if asked.toy else ("27M", asked.gigabytes)
+    size, gigabytes = ("toy", 0.0001) if asked.toy else ("27M", asked.gigabytes)
     command = [sys.executable, "-m", "benchmarks.extraction"]
     command += ["--stream", size, "--gigabytes", str(gigabytes)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from basinscope import demo
 from tests.models_small import tiny_model
 
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
@@ -53,6 +54,12 @@ def dataset() -> Dataset:
 @pytest.fixture
 def observables() -> dict[str, Dataset]:
     return {"first": token_rows(30, 9, seed=2), "second set": token_rows(25, 9, seed=3)}
+
+
+@pytest.fixture(scope="session")
+def library_texts() -> dict[str, list[str]]:
+    """The running Python's standard library, which takes seconds to parse."""
+    return demo.standard_library_texts()
 
 
 def token_rows(rows: int, length: int, seed: int, vocabulary: int = 40) -> Dataset:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import basinscope
+from basinscope import demo
 from benchmarks import (
     analysis,
     attribution,
@@ -82,6 +83,13 @@ def test_attribution_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert line["ratio"] == pytest.approx(line["peer_s"] / line["ours_s"], rel=0.05)
 
 
+@pytest.fixture
+def library_read_once(library_texts: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the benchmarks of real text what is at hand."""
+    monkeypatch.setattr(demo, "standard_library_texts", lambda: library_texts)
+
+
+@pytest.mark.usefixtures("library_read_once")
 def test_extraction_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "extraction.jsonl"
     monkeypatch.setattr(sys, "argv", ["extraction", "--toy", "--rounds", "1", "--out", str(out)])
@@ -112,6 +120,7 @@ def test_bfloat16_weights_diffuse_as_documented() -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.usefixtures("library_read_once")
 def test_stores_are_smaller_than_the_peers() -> None:
     figures = store.measure(store.TOY)
     assert figures["losses_ratio"] <= 0.88
@@ -123,6 +132,7 @@ def test_stores_are_smaller_than_the_peers() -> None:
 def test_analysis_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "analysis.jsonl"
     command = ["analysis", "--toy", "--rounds", "1", "--limit", "64MB", "--out", str(out)]
+    monkeypatch.setattr(analysis, "TURN_SECONDS", 0.01)
     monkeypatch.setattr(sys, "argv", command)
     analysis.main()
     found = {line["benchmark"]: line for line in map(json.loads, out.read_text().splitlines())}

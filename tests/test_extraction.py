@@ -251,7 +251,7 @@ def test_rows_of_several_lengths_have_what_each_has_alone(
     extract_dataset(model, uneven(), config, output=path, batch_size=4)
     assert verify(path).complete
     assert not verify(path).damaged
-    tree = open_activations(path)
+    tree = open_activations(path).load()
     assert {name: numbers.values.tolist() for name, numbers in tree.coords.items()} == coords
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for number, ids in enumerate(sequences()):

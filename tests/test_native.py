@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ MODULE = """
 import numba
 from basinscope.jit import FLOAT64, view
 
+FACTORS = {
+    "double": 2.0, "triple": 3.0, "fivefold": 5.0, "sevenfold": 7.0, "elevenfold": 11.0,
+    "thirteenfold": 13.0,
+}
+
 def scaled(word):
-    factor = {"double": 2.0, "triple": 3.0}[word]
+    factor = FACTORS[word]
 
     def scale(count, values):
         x = view(values, 0, count, FLOAT64)
@@ -100,19 +106,30 @@ def test_a_changed_source_is_compiled_anew(home: Path) -> None:
 
 
 @pytest.mark.parametrize("compiler", [True, False], ids=["library", "object code"])
-def test_a_damaged_file_is_made_anew(compiler: bool, home: Path) -> None:
+def test_damaged_files_are_made_anew(compiler: bool, home: Path) -> None:
     """Code that was cut or zeroed, as by a power cut, would end the process that loads it."""
-    doubled = [0.0, 2.0, 4.0, 6.0, 4.0]
+    words, times = "double triple fivefold sevenfold elevenfold thirteenfold", 30_030.0
+    result = [0.0, times, 2 * times, 3 * times, 4.0]
     path = {} if compiler else {"PATH": str(home / "source")}
-    call(home, "double", **path)
-    (file,) = (file for file in (home / "cache").rglob("*") if file.is_file())
-    whole = file.read_bytes()
-    quarter = len(whole) // 4
-    zeroed = whole[:quarter] + bytes(quarter) + whole[2 * quarter :]
-    for damaged in (b"", b"no code", whole[: 2 * quarter], zeroed, whole[:-1], whole + b"more"):
-        file.write_bytes(damaged)
-        assert call(home, "double", **path) == (doubled, ["llvmlite", "numba"])
-        assert call(home, "double", **path) == (doubled, [] if compiler else ["llvmlite"])
+    call(home, words, **path)
+    made = [file for file in (home / "cache").rglob("*") if file.is_file()]
+    damaged = [damage(file.read_bytes()) for file, damage in zip(made, DAMAGES, strict=True)]
+    for file, content in zip(made, damaged, strict=True):
+        file.write_bytes(content)
+    assert call(home, words, **path) == (result, ["llvmlite", "numba"])
+    for file, content in zip(made, damaged, strict=True):
+        assert file.read_bytes() != content
+    assert call(home, words, **path) == (result, [] if compiler else ["llvmlite"])
+
+
+DAMAGES: list[Callable[[bytes], bytes]] = [
+    lambda code: b"",
+    lambda code: b"no code",
+    lambda code: code[: len(code) // 2],
+    lambda code: code[: len(code) // 4] + bytes(len(code) // 4) + code[len(code) // 4 * 2 :],
+    lambda code: code[:-1],
+    lambda code: code + b"more",
+]
 
 
 def test_code_is_on_the_disk_before_it_has_its_name(

@@ -28,19 +28,30 @@ def run(path: Path, model: torch.nn.Module, **changes: Any) -> xr.DataTree:
     if changes.pop("masks", False):
         changes["param_masks"] = {n: None for n, _ in model.named_parameters() if "layers.1." in n}
     quiet = {"lr": 1e-2, "noise_level": 0.0, "num_chains": 1, "num_draws": 8, "batch_size": 6}
+    quiet["num_init_loss_batches"] = 2  # they have no gradient
     return test_at_once.run(path, model, **{**quiet, **changes})
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], xr.DataTree]:
+    """Settings, and what whole batches give with them."""
+    settings, path = VARIANTS[request.param], tmp_path_factory.mktemp("whole") / "whole.zarr"
+    return settings, run(path, tiny_model("gpt_neox"), **settings).load()
+
+
 @pytest.mark.parametrize("sequences", [1, 2, 4])
 def test_parts_give_the_numbers_of_the_whole(
-    variant: str, sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: tuple[dict[str, Any], xr.DataTree],
+    sequences: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = tiny_model("gpt_neox")
-    whole = run(tmp_path / "whole.zarr", model, **VARIANTS[variant])
+    (settings, whole), model = variant, tiny_model("gpt_neox")
     monkeypatch.setattr(job, "GRADIENT_TOKENS", sequences * TOKENS + 1)
     seen = watch_gradients(model)
-    parts = run(tmp_path / "parts.zarr", model, **VARIANTS[variant])
+    parts = run(tmp_path / "parts.zarr", model, **settings)
     assert max(seen) <= sequences
     for name in whole.data_vars:
         np.testing.assert_allclose(parts[name], whole[name], rtol=2e-5, atol=2e-6, err_msg=name)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "init_noise": 0.01,
     },
 }
+Whole = Callable[[str], xr.DataTree]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Give the store of a variant that nothing interrupts, without checkpoints; sampled once."""
+    folder, made = tmp_path_factory.mktemp("whole"), dict[str, xr.DataTree]()
+
+    def of(variant: str) -> xr.DataTree:
+        if variant not in made:
+            LOSS.reset()
+            made[variant] = run(folder / f"{variant}.zarr", **VARIANTS[variant]).load()
+        return made[variant]
+
+    return of
 
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, -2), (signal.SIGTERM, 143)])
 def test_a_signalled_script_keeps_its_chains_and_the_same_call_continues(
-    number: int, exit_code: int, tmp_path: Path
+    number: int, exit_code: int, tmp_path: Path, whole: Whole
 ) -> None:
     code = """
 import sys
@@ -74,13 +89,13 @@ run(Path(sys.argv[1]))
     LOSS.reset()
     continued = run(tmp_path / "s.zarr")
     assert LOSS.steps == 2 * DRAWS, "the finished chain was sampled again"
-    assert_equal(continued, run(tmp_path / "whole.zarr"))
+    assert_equal(continued, whole("plain"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_signal_writes_a_checkpoint_from_which_the_chain_continues(
-    number: int, variant: str, tmp_path: Path
+    number: int, variant: str, tmp_path: Path, whole: Whole
 ) -> None:
     settings = {**VARIANTS[variant], "checkpoint_every": 1000}
     steps = steps_of(variant)
@@ -94,12 +109,14 @@ def test_a_signal_writes_a_checkpoint_from_which_the_chain_continues(
     LOSS.reset()
     continued = run(tmp_path / "s.zarr", **settings)
     assert LOSS.steps == (steps - 8) + steps
-    assert_equal(continued, run(tmp_path / "whole.zarr", **settings))
+    assert_equal(continued, whole(variant))
     assert_tidy(tmp_path / "s.zarr")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_crash_continues_from_the_last_checkpoint(variant: str, tmp_path: Path) -> None:
+def test_a_crash_continues_from_the_last_checkpoint(
+    variant: str, tmp_path: Path, whole: Whole
+) -> None:
     settings = {**VARIANTS[variant], "checkpoint_every": 3}
     steps = steps_of(variant)
     LOSS.reset(fail_at=steps + 11)
@@ -112,12 +129,14 @@ def test_a_crash_continues_from_the_last_checkpoint(variant: str, tmp_path: Path
     LOSS.reset()
     continued = run(tmp_path / "s.zarr", **settings)
     assert LOSS.steps == (steps - kept) + steps
-    assert_equal(continued, run(tmp_path / "whole.zarr", **settings))
+    assert_equal(continued, whole(variant))
     assert_tidy(tmp_path / "s.zarr")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_without_checkpoints_a_chain_starts_again(variant: str, tmp_path: Path) -> None:
+def test_without_checkpoints_a_chain_starts_again(
+    variant: str, tmp_path: Path, whole: Whole
+) -> None:
     steps = steps_of(variant)
     LOSS.reset(fail_at=steps + 8)
     with pytest.raises(ZeroDivisionError):
@@ -125,14 +144,13 @@ def test_without_checkpoints_a_chain_starts_again(variant: str, tmp_path: Path) 
     LOSS.reset()
     continued = run(tmp_path / "s.zarr", **VARIANTS[variant])
     assert LOSS.steps == 2 * steps
-    assert_equal(continued, run(tmp_path / "whole.zarr", **VARIANTS[variant]))
+    assert_equal(continued, whole(variant))
 
 
-def test_checkpoints_do_not_change_the_numbers(tmp_path: Path) -> None:
+def test_checkpoints_do_not_change_the_numbers(tmp_path: Path, whole: Whole) -> None:
     for variant, settings in VARIANTS.items():
-        plain = run(tmp_path / f"{variant} plain.zarr", **settings)
         every = run(tmp_path / f"{variant} every.zarr", **settings, checkpoint_every=1)
-        assert_equal(every, plain)
+        assert_equal(every, whole(variant))
         assert_tidy(tmp_path / f"{variant} every.zarr")
 
 
@@ -186,15 +204,15 @@ def test_handlers_come_back(tmp_path: Path) -> None:
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_sampling_works_outside_the_main_thread(tmp_path: Path) -> None:
+def test_sampling_works_outside_the_main_thread(tmp_path: Path, whole: Whole) -> None:
     trees: list[xr.DataTree] = []
     thread = threading.Thread(target=lambda: trees.append(run(tmp_path / "thread.zarr")))
     thread.start()
     thread.join()
-    assert_equal(trees[0], run(tmp_path / "main.zarr"))
+    assert_equal(trees[0], whole("plain"))
 
 
-def test_a_chain_of_another_process_is_refused(tmp_path: Path) -> None:
+def test_a_chain_of_another_process_is_refused(tmp_path: Path, whole: Whole) -> None:
     LOSS.reset(fail_at=DRAWS + 3)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "s.zarr")
@@ -207,7 +225,7 @@ def test_a_chain_of_another_process_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "s.zarr", chains=[2])
     with pytest.warns(UserWarning, match="chain 1 is unfinished"):
         open_store(tmp_path / "s.zarr")
-    assert_equal(run(tmp_path / "s.zarr"), run(tmp_path / "whole.zarr"))
+    assert_equal(run(tmp_path / "s.zarr"), whole("plain"))
 
 
 def test_a_checkpoint_for_which_there_is_no_room_is_said_in_one_paragraph(
@@ -255,7 +273,7 @@ def test_checkpoints_that_a_kill_left_behind_go_when_the_store_is_complete(
 
 @pytest.mark.parametrize("checkpoint_every", [3, None])
 def test_the_record_never_claims_what_is_not_on_disk(
-    checkpoint_every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint_every: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Whole
 ) -> None:
     write = zarr.AsyncArray.setitem
 
@@ -278,7 +296,7 @@ def test_the_record_never_claims_what_is_not_on_disk(
     assert record["draws_written"] == (3 if checkpoint_every else 0)
     assert np.isfinite(store.arrays["loss_first"][1, : record["draws_written"]]).all()
     continued = run(tmp_path / "s.zarr", checkpoint_every=checkpoint_every)
-    assert_equal(continued, run(tmp_path / "whole.zarr"))
+    assert_equal(continued, whole("plain"))
 
 
 def test_interrupted_workers_keep_their_checkpoints(tmp_path: Path) -> None:
@@ -320,14 +338,9 @@ def test_a_worker_that_dies_is_an_error_and_its_chain_is_resumed(tmp_path: Path)
     assert_equal(run(tmp_path / "s.zarr", loss_fn=die_in_a_worker), whole)
 
 
-def test_what_a_loss_prints_in_a_worker_is_no_report(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_what_a_loss_prints_in_a_worker_is_no_report_and_pipes_are_closed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "s.zarr", workers=2, num_chains=2, loss_fn=print_json_in_a_worker)
-    assert '{"loss": 3.5}' in capfd.readouterr().err
-
-
-def test_pipes_to_workers_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     def noted(*order: Any) -> subprocess.Popen[str]:
@@ -336,7 +349,8 @@ def test_pipes_to_workers_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     start = workers._start
     monkeypatch.setattr(workers, "_start", noted)
-    run(tmp_path / "s.zarr", workers=2, num_chains=2)
+    run(tmp_path / "s.zarr", workers=2, num_chains=2, loss_fn=print_json_in_a_worker)
+    assert '{"loss": 3.5}' in capfd.readouterr().err
     assert [(p.stdin.closed, p.stdout.closed) for p in started] == [(True, True)] * 2
 
 

@@ -660,7 +660,7 @@ def test_a_temporary_store_is_announced_when_it_is_worth_keeping() -> None:
         warnings.simplefilter("error")
         basinscope.sample(tiny_model("raw"), rows, {}, **COMMON)
     with pytest.warns(UserWarning, match=r"no output_path .*1280 sampled sequences.*output_path="):
-        sample(tiny_model("raw"), rows, {}, **{**COMMON, "num_draws": 160})
+        sample(tiny_model("raw"), rows, {}, **{**COMMON, "num_draws": 16, "batch_size": 40})
 
 
 def test_time_is_recorded_per_phase(tmp_path: Path) -> None:

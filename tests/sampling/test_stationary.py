@@ -19,7 +19,7 @@ import basinscope
 from tests.conftest import token_rows
 from tests.reference.langevin import power_llc, quadratic_mean_loss
 
-STEPS = 1500
+STEPS, WEIGHTS = 600, 120  # their product gives the tests their power, and steps cost more
 
 
 class Weights(nn.Module):
@@ -42,38 +42,38 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_quadratic_loss(case: str, tmp_path: Path) -> None:
     settings = {"lr": 6e-3, **CASES[case]}
-    h = np.linspace(0.5, 4.0, 40)
-    tree = run(Weights(np.zeros(40)), quadratic(h), tmp_path, **settings)
+    h = np.linspace(0.5, 4.0, WEIGHTS)
+    tree = run(Weights(np.zeros(WEIGHTS)), quadratic(h), tmp_path, **settings)
     settings["weight_decay"] = settings.pop("llc_weight_decay", 0.0)
     assert_mean(tree, quadratic_mean_loss(h, **settings))
 
 
 def test_quadratic_loss_away_from_the_minimum(tmp_path: Path) -> None:
-    h, w0 = np.linspace(0.5, 4.0, 40), np.linspace(-1, 1, 40)
+    h, w0 = np.linspace(0.5, 4.0, WEIGHTS), np.linspace(-1, 1, WEIGHTS)
     settings = {"lr": 6e-3, "n_beta": 20.0, "localization": 40.0}
     tree = run(Weights(w0), quadratic(h), tmp_path, **settings)
     assert_mean(tree, quadratic_mean_loss(h, w0=w0, **settings))
 
 
 def test_only_masked_weights_count(tmp_path: Path) -> None:
-    h = np.linspace(0.5, 4.0, 40)
-    mask = np.arange(40) % 3 == 0
+    h = np.linspace(0.5, 4.0, WEIGHTS)
+    mask = np.arange(WEIGHTS) % 3 == 0
     settings = {"lr": 6e-3, "n_beta": 30.0, "localization": 15.0}
     masks = {"w": torch.from_numpy(mask)}
-    tree = run(Weights(np.zeros(40)), quadratic(h), tmp_path, param_masks=masks, **settings)
+    tree = run(Weights(np.zeros(WEIGHTS)), quadratic(h), tmp_path, param_masks=masks, **settings)
     assert_mean(tree, quadratic_mean_loss(h[mask], **settings))
 
 
 def test_llc_of_powers(tmp_path: Path) -> None:
     """LLC of K = Σ c_i w_i^p_i is Σ 1/p_i; a quarter of it would be lost with p = 2 alone."""
-    powers = np.repeat([2, 4], 150)
-    scale = torch.from_numpy(np.tile([0.7, 1.0, 1.6], 100)).float()
+    powers = np.repeat([2, 4], 225)
+    scale = torch.from_numpy(np.tile([0.7, 1.0, 1.6], 150)).float()
     exponents = torch.from_numpy(powers)
 
     def loss(model: nn.Module, input_ids: Tensor) -> Tensor:
         return spread((scale * model.w.abs() ** exponents).sum(), input_ids)
 
-    tree = run(Weights(np.zeros(300)), loss, tmp_path, lr=1e-3, n_beta=30.0, steps=3000)
+    tree = run(Weights(np.zeros(450)), loss, tmp_path, lr=1e-3, n_beta=30.0, steps=2010)
     assert_mean(tree, power_llc(powers) / 30.0, discretisation=0.004)
 
 
