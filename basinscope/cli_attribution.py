@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from basinscope.cli_extract import Bos, Column
 from basinscope.report.console import (
     out,
     print_json,
@@ -88,6 +89,8 @@ def run(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens in a sequence, where the data is text.")
     ] = None,
+    column: Column = "text",
+    bos: Bos = True,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
 ) -> None:
@@ -99,7 +102,7 @@ def run(
         from basinscope.models.components import singular_directions
         from basinscope.sampling.loading import load_model, load_tokens
 
-        dataset = load_tokens(data, model, max_length=max_length)
+        dataset = load_tokens(data, model, max_length=max_length, column=column, add_bos_token=bos)
         loaded = load_model(model, dtype)
         store = harvest_attributions(
             loaded,

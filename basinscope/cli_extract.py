@@ -14,6 +14,11 @@ from basinscope.sampling.numbers import GRAMMAR, parse_numbers
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Column = Annotated[str, typer.Option(help="Where the text is.")]
+Bos = Annotated[
+    bool, typer.Option(help="Begin each sequence of text with the tokenizer's BOS token.")
+]
+
 
 def extract(
     model: Annotated[str, typer.Argument(help="A Hugging Face causal LM: a directory or a name.")],
@@ -60,10 +65,8 @@ def extract(
             "file), of as many tokens as it has.",
         ),
     ] = False,
-    column: Annotated[str, typer.Option(help="Where the text is.")] = "text",
-    bos: Annotated[
-        bool, typer.Option(help="Begin each sequence of text with the tokenizer's BOS token.")
-    ] = True,
+    column: Column = "text",
+    bos: Bos = True,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     unembedding: Annotated[

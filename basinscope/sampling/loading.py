@@ -135,10 +135,17 @@ def load_tokens(
     FileNotFoundError
         If there is no such directory or file, or text and no tokenizer.
     ValueError
-        If text comes without `max_length`.
+        If the file cannot be read, text comes without `max_length`, or token ids come in rows of
+        another length.
     """
     dataset = _read(path, text_by="document")
     if "input_ids" in dataset.column_names:
+        if max_length is not None and len(dataset) and len(dataset[0]["input_ids"]) != max_length:
+            raise ValueError(
+                f"{str(path)!r} holds token ids, the first row {len(dataset[0]['input_ids'])} of "
+                f"them, which are taken as they are: leave max_length={max_length} out, or cut the "
+                "rows first"
+            )
         return dataset
 
     from basinscope.sampling.tokenize import tokenize_and_concatenate
@@ -188,7 +195,7 @@ def load_texts(
     FileNotFoundError
         If there is no such directory or file, or no tokenizer.
     ValueError
-        If these are token ids, a text has no tokens, or there are none.
+        If the file cannot be read, these are token ids, a text has no tokens, or there are none.
     """
     from basinscope.sampling.tokenize import tokenize_texts
 
@@ -218,12 +225,23 @@ def _read(path: Path, text_by: str) -> Any:
 
     require_data(path)
     if path.is_dir():
-        return datasets.load_from_disk(str(path))
+        found = datasets.load_from_disk(str(path))
+        if isinstance(found, datasets.DatasetDict):
+            one = next(iter(found), "train")
+            raise ValueError(
+                f"{str(path)!r} holds several data sets ({', '.join(found)}): give one of them, "
+                f"such as {str(path / one)!r}"
+            )
+        return found
     if not path.stat().st_size:
         raise ValueError(f"{str(path)!r} is empty: give a file with data")
     loader = _LOADERS[path.suffix]
     extra = {"sample_by": text_by} if loader == "text" else {}
-    return datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+    try:
+        return datasets.load_dataset(loader, data_files=str(path), split="train", **extra)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ValueError(f"{str(path)!r} cannot be read as {loader}: {reason}") from error
 
 
 def _tokenizer_for(path: Path, tokenizer: str) -> Any:

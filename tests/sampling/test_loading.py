@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -87,6 +87,38 @@ def test_what_holds_no_texts_is_refused(tmp_path: Path, tokenizer: str) -> None:
     Dataset.from_dict({"input_ids": [[1, 2]]}).save_to_disk(ids)
     with pytest.raises(ValueError, match=r"holds token ids .*: leave --each-text out"):
         load_texts(ids, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": oops\n', "cannot be read as json: JSON parse error"),
+        ("b.csv", b'text\n"unclosed', "cannot be read as csv: Error tokenizing data"),
+        ("c.parquet", b"no parquet", "cannot be read as parquet: Parquet magic bytes not found"),
+        ("d.txt", b"\xff\xfe\x00", "cannot be read as text: 'utf-8' codec can't decode"),
+    ],
+)
+def test_a_broken_file_is_said_to_be_one(
+    name: str, content: bytes, said: str, tmp_path: Path, tokenizer: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}' {said}"):
+        load_tokens(tmp_path / name, tokenizer, max_length=3)
+
+
+def test_several_data_sets_are_refused(tmp_path: Path, tokenizer: str) -> None:
+    one = Dataset.from_dict({"input_ids": [[1, 2]]})
+    DatasetDict(train=one, test=one).save_to_disk(tmp_path / "both")
+    with pytest.raises(ValueError, match=r"several data sets \(train, test\): .*both/train'"):
+        load_tokens(tmp_path / "both", tokenizer)
+    assert ids_of(load_tokens(tmp_path / "both" / "train", tokenizer).with_format("torch"))
+
+
+def test_token_ids_are_not_cut(tmp_path: Path, tokenizer: str) -> None:
+    Dataset.from_dict({"input_ids": [[1, 2, 3]]}).save_to_disk(tmp_path / "ids")
+    assert len(load_tokens(tmp_path / "ids", tokenizer, max_length=3)) == 1
+    with pytest.raises(ValueError, match=r"the first row 3 of them, .*: leave max_length=2 out"):
+        load_tokens(tmp_path / "ids", tokenizer, max_length=2)
 
 
 def ids_of(rows: Any) -> list[list[int]]:
