@@ -79,6 +79,7 @@ def demo(
 def sample(
     config: Annotated[Path, typer.Argument(help="A YAML file; docs/cli.md shows one.")],
     output: Annotated[Path | None, typer.Option("--out", "-o", help="The store to write.")] = None,
+    model: cli_check.Model = None,
     restriction: Annotated[
         str | None, typer.Option(help="What may move: l0, l0h1, 'l0 mlp', embed, ...")
     ] = None,
@@ -101,6 +102,7 @@ def sample(
     """Sample around a model as a YAML file says. The same command continues a stopped run."""
     overrides = {
         "output_path": output,
+        "model": model,
         "restriction": restriction,
         "chains": chains,
         "workers": workers,

@@ -12,6 +12,11 @@ from basinscope.report.console import out, print_json, readable_errors
 
 FOUND_WARNINGS = 1  # exit code of a check that found something to change first
 
+Model = Annotated[
+    str | None,
+    typer.Option(help="Another model than the file's, such as an earlier checkpoint."),
+]
+
 
 def check(
     config: Annotated[Path, typer.Argument(help="A YAML file, as basinscope sample takes it.")],
@@ -19,6 +24,7 @@ def check(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: the file's.")
     ] = None,
+    model: Model = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Look at a run's file, model and data before sampling; samples and writes nothing.
@@ -30,7 +36,7 @@ def check(
     with readable_errors():
         from basinscope.sampling.run_file import check_from_file
 
-        report = check_from_file(config, batch_size=batch_size, device=device)
+        report = check_from_file(config, batch_size=batch_size, device=device, model=model)
         if as_json:
             print_json(asdict(report))
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 import xarray as xr
 import yaml
@@ -102,6 +103,29 @@ def test_a_restriction_from_the_file_or_the_shell(folder: Path) -> None:
     assert wrong.exit_code == 2
     assert "layer 9 is out of range, the model has layers 0 to 1" in wrong.output.replace("\n", " ")
     assert not (folder / "w.zarr").exists()
+
+
+def test_checkpoints_are_sampled_as_one_file_says_and_compared(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is given counts from here, and leaves the file's where it is."""
+    later = tiny_model("gpt_neox")
+    with torch.no_grad():
+        later.get_parameter("gpt_neox.layers.0.mlp.dense_h_to_4h.weight").mul_(1.5)
+    later.save_pretrained(folder / "elsewhere" / "step_20")
+    plan, stores = write_plan(folder), [folder / f"step_{step}.zarr" for step in (0, 20)]
+    monkeypatch.chdir(folder / "elsewhere")
+    assert invoke("check", plan, "--model", "step_20").exit_code in (0, 1)
+    assert invoke("sample", plan, "--out", stores[0]).exit_code == 0
+    assert invoke("sample", plan, "--model", "step_20", "--out", stores[1]).exit_code == 0
+    first, second = json.loads(invoke("compare", *stores, "--json").stdout)
+    assert (first["run"], second["run"], second["paired"]) == (0, 20, True)
+    assert first["init_loss"] != second["init_loss"]
+    refused = invoke("sample", plan, "--model", "step_20", "--out", stores[0])
+    assert refused.exit_code == 2
+    assert "model.sha256" in flat(refused)
+    missing = invoke("sample", plan, "--model", "step_30", "--out", folder / "new.zarr")
+    assert "no model 'step_30'" in flat(missing)
 
 
 def test_verify_names_what_is_damaged(folder: Path) -> None:

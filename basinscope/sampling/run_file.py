@@ -47,8 +47,9 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
     path : Path
         The file; its relative paths count from its own directory.
     overrides : mapping
-        Arguments of :func:`basinscope.sample` that replace the file's; ``chains`` may be
-        a text such as ``"0,4:8"``, and ``restriction`` replaces the file's.
+        Arguments of :func:`basinscope.sample` that replace the file's; ``chains`` may be a text
+        such as ``"0,4:8"``. ``restriction`` and ``model`` replace the file's too; a path to a model
+        counts from the working directory.
 
     Returns
     -------
@@ -59,8 +60,9 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
     ValueError, FileNotFoundError
         Naming the key that is missing, unknown or wrong.
     """
-    plan = _read(path)
-    arguments = _arguments(path, plan, overrides)
+    replaced = dict(overrides)
+    plan = _read(path, model=replaced.pop("model", None))
+    arguments = _arguments(path, plan, replaced)
     if "output_path" not in arguments:
         raise ValueError(f"{path}: say where the store goes: output: runs/samples.zarr, or --out")
     restriction = arguments.pop("restriction")
@@ -78,7 +80,9 @@ def run_from_file(path: Path, overrides: Mapping[str, Any]) -> tuple[xr.DataTree
     return tree, Path(arguments["output_path"])
 
 
-def check_from_file(path: Path, *, batch_size: int, device: str | None) -> ModelReport:
+def check_from_file(
+    path: Path, *, batch_size: int, device: str | None, model: str | None = None
+) -> ModelReport:
     """Check what a YAML file describes: see :func:`basinscope.check_model`, and the run itself.
 
     The sampler's settings, and where data sets are, are checked before the model is loaded. The
@@ -93,26 +97,26 @@ def check_from_file(path: Path, *, batch_size: int, device: str | None) -> Model
     from basinscope.sampling.check import check_model
     from basinscope.sampling.rehearsal import rehearse
 
-    plan = _read(path)
+    plan = _read(path, model)
     arguments = _arguments(path, plan, {})
     restriction = arguments["restriction"]
     dataset, observables = _sources(path, plan)
-    name, model = _load_model(path, plan)
+    name, loaded = _load_model(path, plan)
     data, observed = dataset.load(name), _loaded(observables, name)
     device = device or arguments.get("device")
     report = check_model(
-        model,
+        loaded,
         data,
         restrictions=None if restriction is None else {"of the file": restriction},
         batch_size=batch_size,
         device=device,
     )
     run = rehearse(
-        model,
+        loaded,
         data,
         observed,
         _config(arguments),
-        param_masks=None if restriction is None else create_param_masks(model, restriction),
+        param_masks=None if restriction is None else create_param_masks(loaded, restriction),
         device=device,
         cuda_graph=arguments.get("cuda_graph", False),
         output_path=arguments.get("output_path"),
@@ -126,7 +130,8 @@ def _sample() -> Any:
     return sample
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, model: str | None) -> dict[str, Any]:
+    """Read the file; another model than its own may be given, by its path from here or its name."""
     import yaml
 
     if path.is_dir():
@@ -142,6 +147,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} must hold a mapping with\n{wanted}")
     _refuse_unknown(path, "the file", plan, set(SECTIONS))
     plan = {name: given for name, given in plan.items() if given is not None}
+    if model is not None:
+        here = Path(model).expanduser().absolute()
+        plan["model"] = str(here) if here.exists() else model
     missing = [name for name in ("model", "dataset", "sampler") if name not in plan]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}. It takes\n{wanted}")
