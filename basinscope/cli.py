@@ -236,7 +236,7 @@ def report(
 
         refuse_other_kinds(store)
         samples_page(open_store(store), output, str(store), burn_in=burn_in)
-        out.print(f"written to {output}", soft_wrap=True)
+        out.print(f"written to {escape(str(output))}", soft_wrap=True)
 
 
 @app.command()

@@ -374,8 +374,8 @@ def parse_restrictions(stores: Sequence[str]) -> dict[str, Path]:
 
 
 def named_stores(stores: Sequence[str]) -> list[tuple[str, Path]] | None:
-    """Read NAME=STORE; None where no store has a name."""
-    named = [text.partition("=") for text in stores]
+    """Read NAME=STORE; None where no store has a name. What is there is a store, "=" or not."""
+    named = [("", "", text) if Path(text).exists() else text.partition("=") for text in stores]
     if all(separator for _, separator, _ in named):
         return [(name, Path(path)) for name, _, path in named]
     if any(separator for _, separator, _ in named):
@@ -387,7 +387,9 @@ def by_name(pairs: Sequence[tuple[str, Path]], what: str) -> dict[str, Path]:
     """Refuse names that are given twice."""
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
-        raise ValueError(f"{what} {', '.join(sorted(twice))} is given twice")
+        raise ValueError(
+            f"{what} {', '.join(sorted(twice))} is given twice: give other names, NAME=STORE"
+        )
     return dict(pairs)
 
 
@@ -529,7 +531,7 @@ def _write(result: xr.DataTree, output: Path, settings: dict[str, Any], as_json:
 
 
 def _say_written(output: Path, as_json: bool) -> None:
-    (err if as_json else out).print(f"written to {output}", soft_wrap=True)
+    (err if as_json else out).print(f"written to {escape(str(output))}", soft_wrap=True)
 
 
 def _show_plans(plans: Mapping[str, Plan], as_json: bool, memory_limit: str | None) -> None:

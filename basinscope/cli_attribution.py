@@ -214,7 +214,7 @@ def report(
 
         opened = _opened(store, tokenizer)
         attribution_page(opened, output, component or (), k=k, normalize=normalize)
-        out.print(f"written to {output}", soft_wrap=True)
+        out.print(f"written to {escape(str(output))}", soft_wrap=True)
 
 
 def _opened(store: Path, tokenizer: str | None) -> AttributionStore:

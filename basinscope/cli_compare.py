@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from basinscope.cli_analysis import (
     AsJson,
@@ -49,11 +50,10 @@ def compare(
             comparison_table,
         )
         from basinscope.report.figures import DPI
-        from basinscope.report.page import require_new
 
         runs = parse_runs(stores)
         refuse_other_kinds(*runs.values())
-        png = None if png is None else require_new(png)
+        png = None if png is None else _checked(png)
         lazy = compare_llc(
             runs, burn_in=burn_in, allow_incomplete=allow_incomplete, memory_limit=memory_limit
         )
@@ -68,9 +68,20 @@ def compare(
         out.print(comparison_table(found))
         out.print()
         for note in comparison_notes(found):
-            out.print(note, highlight=False)
+            out.print(note, highlight=False, markup=False)
         if png is not None:
-            out.print(f"written to {png}", soft_wrap=True)
+            out.print(f"written to {escape(str(png))}", soft_wrap=True)
+
+
+def _checked(png: Path) -> Path:
+    """Refuse a picture that cannot be drawn, before the stores are read."""
+    import matplotlib  # noqa: F401
+
+    from basinscope.report.page import require_new
+
+    if png.suffix != ".png":
+        raise ValueError(f"--png {png}: give a name that ends in .png")
+    return require_new(png)
 
 
 def parse_runs(stores: Sequence[str]) -> Mapping[Any, Path]:
@@ -78,6 +89,8 @@ def parse_runs(stores: Sequence[str]) -> Mapping[Any, Path]:
 
     Examples
     --------
+    >>> parse_runs(["2000=late.zarr", "100=early.zarr"]).keys()
+    dict_keys([100, 2000])
     >>> parse_runs(["runs/step_200.zarr", "runs/step_0.zarr"]).keys()
     dict_keys([0, 200])
     >>> parse_runs(["small=a.zarr", "large=b.zarr"]).keys()
@@ -86,7 +99,8 @@ def parse_runs(stores: Sequence[str]) -> Mapping[Any, Path]:
     named = named_stores(stores)
     pairs = [(Path(text).stem, Path(text)) for text in stores] if named is None else named
     runs = by_name(pairs, "run")
-    numbered = [re.fullmatch(r"(\D*)(\d+)(\D*)", name) for name in runs]
+    pattern = r"(\D*)(\d+)(\D*)" if named is None else r"()(\d+)()"
+    numbered = [re.fullmatch(pattern, name) for name in runs]
     around = {match and (match[1], match[3]) for match in numbered}
     if len(runs) < 2 or len(around) > 1 or None in around:
         return runs

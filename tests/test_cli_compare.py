@@ -52,7 +52,8 @@ def test_what_it_is_not_for_is_refused(folder: Path) -> None:
     picture.write_text("mine")
     for arguments, said in (
         ([one], "step_5 is too little to compare: give two runs"),
-        ([one, one], "run step_5 is given twice"),
+        ([one, one], "run step_5 is given twice: give other names, NAME=STORE"),
+        ([one, str(folder / "step_30.zarr"), "--png", "llc.pdf"], "a name that ends in .png"),
         ([f"a={one}", one], "give every store as NAME=STORE, or none"),
         ([one, str(folder / "step_30.zarr"), "--png", str(picture)], "is left as it is"),
         ([one, str(folder / "nothing.zarr")], "nothing.zarr"),
@@ -63,6 +64,20 @@ def test_what_it_is_not_for_is_refused(folder: Path) -> None:
     assert picture.read_text() == "mine"
 
 
+def test_what_stands_in_names_is_shown_as_it_is(tmp_path: Path) -> None:
+    """Markup, formulas, paths with an equals sign; and runs too short for an error."""
+    stores = [tmp_path / "lr=0.1" / f"{name}.zarr" for name in ("[bold]a", "b[x]$_")]
+    for seed, store in enumerate(stores):
+        write_tree(random_tree(seed, steps=6), store)
+    picture = tmp_path / "[red]llc.png"
+    arguments = ["compare", *map(str, stores), "--png", str(picture)]
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert picture.exists()
+    for text in ("[bold]a", "b[x]$_", "R-hat", "± ?", "? Too few steps", "[red]llc.png"):
+        assert text in shown.stdout
+
+
 @pytest.mark.parametrize(
     ("stores", "names"),
     [
@@ -71,6 +86,7 @@ def test_what_it_is_not_for_is_refused(folder: Path) -> None:
         (["s1_full.zarr", "s2_l0.zarr"], ["s1_full", "s2_l0"]),
         (["s_1.zarr", "s_01.zarr"], ["s_1", "s_01"]),
         (["20=x.zarr", "3=y.zarr"], [3, 20]),
+        (["v1=x.zarr", "v0=y.zarr"], ["v1", "v0"]),
         (["x1y2.zarr", "x1y3.zarr"], ["x1y2", "x1y3"]),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -14,10 +15,11 @@ from dask.delayed import delayed
 
 from basinscope.analysis.diagnostics import diagnose_trace
 from basinscope.analysis.graphs import arrays_in
-from basinscope.analysis.llc import batch_means, counted_steps, plan_llc
+from basinscope.analysis.llc import batch_means, counted_steps, plan_llc, sampled_losses
 from basinscope.analysis.means import Totals, at_checkpoint, mean_losses, with_totals
 from basinscope.analysis.memory import parse_memory_limit
 from basinscope.analysis.rise import Batches, drift_of, error_of_rise
+from basinscope.analysis.selections import numbers_along
 from basinscope.analysis.stores import Samples, open_samples
 
 RUN, OTHER = "run", "other_run"
@@ -45,7 +47,7 @@ def compare_llc(
 
     Parameters
     ----------
-    runs : mapping of name to DataTree or path
+    runs : mapping of str, or of numbers, to DataTree or path
         Stores of :func:`basinscope.sample` or of devinterp 2.x, two or more. Names that are
         numbers, such as training steps, make a numbered axis.
     burn_in : int
@@ -71,7 +73,7 @@ def compare_llc(
     Raises
     ------
     TypeError
-        If ``runs`` is no mapping.
+        If ``runs`` is no mapping, or its names are neither all texts nor all numbers.
     ValueError
         If there are fewer than two runs, or one of them cannot be analysed; see
         :func:`basinscope.compute_llc`.
@@ -87,6 +89,7 @@ def compare_llc(
         raise TypeError(
             f"runs must map names to stores, {{'step 100': tree, ...}}; got {type(runs).__name__}"
         )
+    _require_names(list(runs))
     if len(runs) < 2:
         raise ValueError(
             f"{', '.join(map(str, runs)) or 'nothing'} is too little to compare: give two runs"
@@ -123,6 +126,15 @@ def compare_llc(
     }
     names = list(runs)
     return xr.Dataset(variables, {RUN: names, OTHER: names}, _common_attributes(opened))
+
+
+def _require_names(names: list[Any]) -> None:
+    """Have names that one axis can hold, without two that are the same there."""
+    kinds = (str, numbers.Real)
+    if any(isinstance(name, bool) for name in names) or not any(
+        all(isinstance(name, kind) for name in names) for kind in kinds
+    ):
+        raise TypeError(f"runs must be called by texts, or by numbers, all of them; got {names}")
 
 
 _VARIABLES: dict[str, tuple[tuple[str, ...], str, str]] = {
@@ -237,7 +249,13 @@ def _see_the_same(
         return False
     data = [run.config.get("datasets", {}).get("sampling") for run in (one, other)]
     same = (one.sampler.get(name) == other.sampler.get(name) for name in SETTINGS_OF_BATCHES)
-    return data[0] is not None and data[0] == data[1] and all(same)
+    if data[0] is None or data[0] != data[1] or not all(same):
+        return False
+    seen = [run.dataset.variables[sampled_losses(run)].dims[2:] for run in (one, other)]
+    return seen[0] == seen[1] and all(  # the same sequences and tokens of batches, of a selection
+        np.array_equal(numbers_along(one.dataset, dim), numbers_along(other.dataset, dim))
+        for dim in map(str, seen[0])
+    )
 
 
 def _common_attributes(opened: Sequence[Samples]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _kept(chains: Iterable[int], left_out: Mapping[int, str], name: str) -> tupl
         reasons = "; ".join(f"chain {chain} {gap}" for chain, gap in left_out.items())
         if not kept:
             raise ValueError(f"no chain of {name} can be analysed: {reasons}")
-        warnings.warn(f"left out of this estimate: {reasons}", stacklevel=4)
+        warnings.warn(f"left out of this estimate of {name}: {reasons}", stacklevel=4)
     return kept
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from basinscope.analysis.comparison import OTHER, RUN
 from basinscope.report.figures import COLOURS, INK, axes_without_frame
-from basinscope.report.tables import NO_MINIMUM, SURELY, error_text, is_below_zero
+from basinscope.report.tables import NO_MINIMUM, SURELY, is_below_zero
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def comparison_table(found: xr.Dataset) -> Table:
         Of :func:`basinscope.compare_llc`, computed.
     """
     table = Table(title="Local learning coefficients", title_justify="left", show_edge=False)
-    table.add_column("run")
+    table.add_column("run", min_width=6)
     for heading in ("loss (nats)", "LLC", "change", "drift", "R-hat"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in comparison_figures(found):
@@ -73,6 +73,8 @@ def comparison_notes(found: xr.Dataset) -> list[str]:
             f"Chains have not arrived, by their drift: {', '.join(moving)}. Their LLC is too low "
             "or too high; leave more steps out (--burn-in), or take more."
         )
+    if any(np.isnan(row[name]) for row in rows for name in ("llc_error", "drift_error")):
+        notes.append("? Too few steps for a standard error: it takes four, that of a drift eight.")
     if len(set(found["n_beta"].to_numpy().tolist())) > 1:
         notes.append("Runs differ in n_beta, on which an LLC depends.")
     return notes
@@ -149,7 +151,8 @@ def comparison_figure(found: xr.Dataset) -> Figure:
         below.set_xlabel("run")
         _scale(below, places)
     else:
-        below.set_xticks(places, [str(name) for name in names], rotation=30, ha="right")
+        labels = [str(name).replace("$", r"\$") for name in names]  # which begin a formula
+        below.set_xticks(places, labels, rotation=30, ha="right")
     return figure
 
 
@@ -165,4 +168,5 @@ def _scale(axes: Axes, places: np.ndarray) -> None:
 
 
 def _with_error(row: dict[str, Any], name: str, sign: str) -> str:
-    return f"{row[name]:{sign}.2f} ± {error_text(row[f'{name}_error'], 2)}"
+    value, error = row[name], row[f"{name}_error"]
+    return f"{value:{sign}.2f} ± " + ("?" if np.isnan(error) else f"{error:.2f}")

@@ -113,6 +113,17 @@ def test_other_step_sizes_and_temperatures_saw_the_same_batches(
     assert not {"lr", "n_beta"} & set(sampler)
 
 
+@pytest.mark.parametrize("dim", ["batch_sampling", "token_pos"])
+def test_selections_of_other_sequences_or_tokens_are_not_paired(
+    dim: str, stores: dict[int, Path]
+) -> None:
+    first, second = (basinscope.open_store(stores[step]) for step in (0, 5))
+    same = {"a": first.isel({dim: slice(2)}), "b": second.isel({dim: slice(2)})}
+    assert basinscope.compare_llc(same)["paired"].values.all()
+    other = {**same, "b": second.isel({dim: slice(2, 4)})}
+    assert not basinscope.compare_llc(other)["paired"].values[0, 1]
+
+
 def test_runs_with_other_chains_left_are_not_paired(
     stores: dict[int, Path], tmp_path: Path
 ) -> None:
@@ -145,6 +156,9 @@ def test_building_reads_nothing(stores: dict[int, Path]) -> None:
 def test_what_cannot_be_compared_is_said_before_anything_is_read(stores: dict[int, Path]) -> None:
     with pytest.raises(TypeError, match="must map names to stores"):
         basinscope.compare_llc(list(stores.values()))  # type: ignore[arg-type]
+    for names in ((0, "a"), (("a", 1), ("b", 2)), (True, 2)):
+        with pytest.raises(TypeError, match="by texts, or by numbers, all of them"):
+            basinscope.compare_llc(dict(zip(names, stores.values(), strict=False)))
     with pytest.raises(ValueError, match="0 is too little to compare: give two runs"):
         basinscope.compare_llc({0: stores[0]})
     with pytest.raises(ValueError, match="burn_in=25 leaves nothing to average"):

@@ -41,7 +41,7 @@ def test_a_change_is_from_the_run_before() -> None:
     assert found == [(0, None, None, None), (10, 4.0, 0.5, True), (20, -1.0, 1.0, False)]
     cells = [list(column.cells) for column in comparison_table(compared([0, 10, 20])).columns]
     assert cells[0] == ["0", "10", "20"]
-    assert cells[2] == ["10.00 ± 1.00", "14.00 ± 2.00", "13.00 ± nan (too few steps)"]
+    assert cells[2] == ["10.00 ± 1.00", "14.00 ± 2.00", "13.00 ± ?"]
     assert cells[3] == ["", "+4.00 ± 0.50", "-1.00 ± 1.00 *"]
 
 
