@@ -18,6 +18,7 @@ from basinscope.models.activation_cache import ActivationCache, to_numpy
 from basinscope.models.extraction import ExtractionConfig, Extractor
 from basinscope.models.interventions import Intervention
 from basinscope.models.lengths import by_length, run_by_length
+from basinscope.models.passes import require_unchanged
 from basinscope.models.structure import UnknownStructureError
 from basinscope.models.unembedding import find_unembedding
 from basinscope.sampling.data import (
@@ -87,11 +88,12 @@ def extract_dataset(
     Raises
     ------
     ValueError
-        If the data set or the configuration is wrong, as :func:`basinscope.extract` says; before
-        the store is made.
+        If the data set or the configuration is wrong, as :func:`basinscope.extract` says, or the
+        model is inside a block of :func:`basinscope.intervened`; before the store is made.
     StoreMismatchError
         If ``output`` was made with other settings, or from other data; names each.
     """
+    require_unchanged(model, "extract_dataset()")
     whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
     if not whole or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")

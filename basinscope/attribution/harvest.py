@@ -30,6 +30,7 @@ from basinscope.models.forward import (
     vocabulary_size,
 )
 from basinscope.models.head import NoLinearHeadError, output_embeddings
+from basinscope.models.passes import require_unchanged
 from basinscope.models.positions import plain
 from basinscope.models.structure import require_module
 from basinscope.sampling.data import check_dataset, dataset_digest, read_rows
@@ -135,7 +136,8 @@ def harvest_attributions(
     ------
     TypeError, ValueError
         Before any work, with what is valid: arguments, data set, layers, components; a data set
-        with ids that the model does not know; sums too large for the free memory.
+        with ids that the model does not know; sums too large for the free memory; a model inside a
+        block of :func:`basinscope.intervened`.
     FloatingPointError
         If activations or attributions become infinite or NaN, which no sum would survive.
     StoreMismatchError
@@ -151,6 +153,7 @@ def harvest_attributions(
             f"None; got {type(importance).__name__}"
         )
     require_module(model)
+    require_unchanged(model, "harvest_attributions()")
     model = uncompiled(model)
     batches, rows, fingerprint = _plan(model, dataset, batch_size, n_batches, rank, world_size)
     with _prepared(model, device):

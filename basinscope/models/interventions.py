@@ -146,10 +146,10 @@ def intervened(model: nn.Module, interventions: Sequence[Intervention]) -> Itera
 
     Positions are those of the prompt: what ``generate`` is given, or the tokens of a pass without
     a cache, or with an empty one, which begins a sequence. A pass with a filled cache goes on with
-    its sequence. "last" and negative numbers count from the prompt's end; "all" and slices without
-    a stop go on over the tokens that follow it, so that ``slice(n, None)``, for a prompt of n
-    tokens, is what is generated. "mean", and "patch" from an example, work on the batch of each
-    pass.
+    its sequence; ``generate`` with one counts in the whole sequence, cache and all. "last" and
+    negative numbers count from the prompt's end; "all" and slices without a stop go on over the
+    tokens that follow it, so that ``slice(n, None)``, for a prompt of n tokens, is what is
+    generated. "mean", and "patch" from an example, work on the batch of each pass.
 
     Parameters
     ----------
@@ -157,7 +157,7 @@ def intervened(model: nn.Module, interventions: Sequence[Intervention]) -> Itera
         A Hugging Face causal LM or a TransformerLens model. Its mode (``train``, ``eval``) and
         gradients are left to you.
     interventions : sequence of Intervention
-        Applied in order. Blocks inside one another add up.
+        Applied in order. Blocks inside one another add up; they are left in the other order.
 
     Raises
     ------
@@ -166,8 +166,15 @@ def intervened(model: nn.Module, interventions: Sequence[Intervention]) -> Itera
     ValueError
         At once, if the model has no such layer, head or activation, or would not go by a knockout.
         In a pass: before it runs, if a position is out of range, prompts are padded, or a cache was
-        filled outside of the block; while it runs, if a source has another shape, or has positions
-        and is to stand at a token that was generated.
+        filled outside of the block or does not count its tokens; while it runs, if a source has
+        another shape, or has positions and is to stand at a token that was generated.
+    RuntimeError
+        When the block is left before one that was entered inside it.
+
+    Notes
+    -----
+    One thread at a time may run the model. With gradient checkpointing ``backward`` must run inside
+    the block.
     """
     interventions = listed(interventions)
     require_module(model)
@@ -177,6 +184,11 @@ def intervened(model: nn.Module, interventions: Sequence[Intervention]) -> Itera
             "the model that was compiled (model._orig_mod)"
         )
     outer, model = model, inside_bridge(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} runs two sequences, its encoder's and its decoder's: give a "
+            "Hugging Face causal LM or a TransformerLens model"
+        )
     with untouched(model):
         sites = find_sites(model)
         require_possible(model, sites, interventions)

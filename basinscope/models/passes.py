@@ -2,12 +2,13 @@
 
 A pass without a cache, or with an empty one, begins a sequence; one with a filled cache goes on
 with the sequence in it. Inside ``model.generate`` every pass belongs to what it was given, so that
-passes without a cache, each of which runs all tokens so far, are told from new sequences.
+passes without a cache, each of which runs all tokens so far, are told from new sequences, and that
+a cache which is filled with its first tokens does not say how long the prompt is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -16,13 +17,16 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from basinscope.models.forward import is_hugging_face, replaced_forward
+from basinscope.models.forward import inside_bridge, is_hugging_face, replaced_forward
 from basinscope.models.positions import Span
 
 _TOKENS = ("inputs_embeds", "input_ids", "inputs", "input")
 _CACHES = ("past_key_values", "past_kv_cache", "cache_params")
+_UNCOUNTED = ("cache", "cu_seq_lens_q", "state")  # paged, several sequences in a row, RWKV's
 
 
 class Passes:
@@ -35,9 +39,33 @@ class Passes:
     """
 
     def __init__(self, span: Span | None = None) -> None:
-        self.span = span
+        self._span = span
+        self._last: Span | None = None
         self.resting = False  # the model is to run as it is
         self.ran: set[str] = set()
+
+    @property
+    def span(self) -> Span | None:
+        """Of the pass that runs, or of the one that ``backward`` runs parts of anew."""
+        if self._span is None and torch._C._current_graph_task_id() != -1:
+            return self._last
+        return self._span
+
+    @contextmanager
+    def running(self, span: Span) -> Iterator[None]:
+        """Have this be the span inside the block."""
+        before, self._span = self._span, span
+        if torch.is_grad_enabled():
+            self._last = span
+        self.ran.clear()
+        try:
+            yield
+        finally:
+            self._span = before
+
+    def rest(self) -> None:
+        """Have the model run as it is from now on."""
+        self.resting = True
 
     def now(self, *targets: str, tokens: int | None = None) -> Span | None:
         """Give the span of the pass that runs, to a hook on `targets`; None where it should rest.
@@ -51,6 +79,12 @@ class Passes:
             return None
         span = self.span
         if span is None or (span.goes_on and tokens not in (None, span.length)):
+            if self._span is None and span is not None:
+                raise ValueError(
+                    f"{targets[0]!r} is reached by backward() for a pass of {tokens} tokens, and "
+                    f"the last one with gradients had {span.length}: with gradient checkpointing "
+                    "call backward() before you run another length"
+                )
             raise ValueError(
                 f"{targets[0]!r} is reached outside of the model's own forward pass: inside the "
                 "block run the model that was given to it, not a part of it, nor what torch.compile"
@@ -88,26 +122,38 @@ def followed(
     """
     following = _Following(model, passes, targets, begin, see_batch)
     around = _blocks.setdefault(model, [])
-    with ExitStack() as stack:
+    block = _Block(passes, ExitStack())
+    inside: list[_Block] = []
+    with block.undo as stack:
         forward = _around(following.forward, model, "forward")
         stack.enter_context(replaced_forward(model, forward))
         for each in dict.fromkeys((model, outer)):
             generate = partial(following.generate, is_hugging_face(each))
-            for name, instead in (("generate", generate), ("generate_stream", _refuse_stream)):
+            refused = {name: partial(_refuse, passes, name) for name in _REFUSED}
+            for name, instead in {"generate": generate, **refused}.items():
                 if hasattr(each, name):
                     stack.enter_context(_replaced(each, name, instead))
-        around.append(passes)
-        stack.callback(around.remove, passes)
+        around.append(block)
+        stack.callback(around.remove, block)
+        stack.callback(passes.rest)  # copies made inside have the hooks still
         try:
             yield
         finally:
-            passes.resting = True  # copies of the model that were made inside have the hooks still
+            if block in around:
+                inside = around[around.index(block) + 1 :]
+            for later in reversed(inside):
+                later.undo.close()
+    if inside:
+        raise RuntimeError(
+            "a block of intervened() was left before one that was entered inside it, which is "
+            "closed with it: leave them in the other order, as `with` does"
+        )
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Have blocks around this one leave the model as it is; for trying it on a few tokens."""
-    resting = [passes for passes in _blocks.get(model, ()) if not passes.resting]
+    resting = _active(model)
     for passes in resting:
         passes.resting = True
     try:
@@ -117,16 +163,75 @@ def untouched(model: nn.Module) -> Iterator[None]:
             passes.resting = False
 
 
-_blocks: WeakKeyDictionary[nn.Module, list[Passes]] = WeakKeyDictionary()
+def require_unchanged(model: object, what: str) -> None:
+    """Refuse a model inside a block that changes it, for what keeps a record of its own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Or its bridge, or what ``torch.compile`` made of it.
+    what : str
+        Which function it was given to.
+
+    Raises
+    ------
+    ValueError
+    """
+    if isinstance(model, nn.Module) and _active(inside_bridge(model)):
+        raise ValueError(
+            f"{what} inside a block of intervened(): its interventions would be in the numbers and "
+            "not in the store's record. Give them to extract_dataset(interventions=...), or leave "
+            "the block"
+        )
+
+
+def _active(model: nn.Module) -> list[Passes]:
+    """Give what blocks around the caller tell hooks by, outermost first."""
+    return [block.passes for block in _blocks.get(model, ()) if not block.passes.resting]
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block that is open, and what closing it undoes."""
+
+    passes: Passes
+    undo: ExitStack
+
+
+_blocks: WeakKeyDictionary[nn.Module, list[_Block]] = WeakKeyDictionary()
 
 
 @dataclass
 class _Generation:
-    """One call of ``generate``: how long its prompt is and how many; unknown where it is text."""
+    """One call of ``generate``.
+
+    Attributes
+    ----------
+    prompt, rows : int or None
+        How long the prompt is, with what a cache holds of it, and how many there are; None where
+        they are text.
+    tokens : Tensor or None
+        Of the prompt.
+    begun : bool
+        Whether a pass ran.
+    cache
+        Its own, as far as it was seen.
+    """
 
     prompt: int | None
     rows: int | None
+    tokens: Tensor | None
+    begun: bool = False
     cache: Any = None
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What ran into a cache: tokens, and how many of these are the prompt's."""
+
+    cache: ref[Any]
+    prompt: int
+    tokens: int
 
 
 class _Following:
@@ -144,7 +249,7 @@ class _Following:
         self._begin, self._see_batch = begin, see_batch
         self._parameters = signature(model.forward)
         self._generation: _Generation | None = None
-        self._prompts: dict[int, tuple[ref[Any], int]] = {}  # of caches, which may not be hashable
+        self._held: dict[int, _Held] = {}  # by the id of a cache, which may not be hashable
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a pass."""
@@ -153,14 +258,14 @@ class _Following:
             return run(*args, **kwargs)
         given = self._arguments(args, kwargs)
         cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
-        passes.span = span = self._span(given, cache)
+        span = self._span(given, cache)
         _require_no_padding(given, span)
-        if span.start == 0:
+        if span.start == 0 or span.prompt != self._known(cache, span.start).prompt:
             self._begin(span)
-        passes.ran.clear()
-        output = run(*args, **kwargs)
-        self._remember(cache, span.prompt)
-        self._remember(_cache_in(output), span.prompt)
+        with passes.running(span):
+            output = run(*args, **kwargs)
+        self._remember(cache, span)
+        self._remember(_cache_in(output), span)
         if missing := sorted(self._targets - passes.ran):
             raise ValueError(
                 f"{missing[0]!r} was not changed: its module did not run in this pass of "
@@ -174,15 +279,27 @@ class _Following:
         if self._passes.resting:
             return run(*args, **kwargs)
         _require_no_padding(kwargs, None)
-        tokens = _tokens_in(kwargs) if _tokens_in(kwargs) is not None else next(iter(args), None)
-        shape = tokens.shape if isinstance(tokens, Tensor) and tokens.ndim > 1 else (None, None)
+        _require_one_sequence(self._model, args, kwargs)
         if compiles:
             kwargs["disable_compile"] = True
-        before, self._generation = self._generation, _Generation(shape[1], shape[0])
+        before, self._generation = self._generation, self._generation_of(args, kwargs)
         try:
             return run(*args, **kwargs)
         finally:
             self._generation = before
+
+    def _generation_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Generation:
+        tokens = _tokens_in(kwargs) if _tokens_in(kwargs) is not None else next(iter(args), None)
+        if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+            return _Generation(None, None, None)
+        rows, prompt = tokens.shape[:2]
+        around = self._generation
+        if around is not None and around.prompt is not None and _goes_on(tokens, around.tokens):
+            return _Generation(around.prompt, rows, tokens, begun=True)  # the model assists itself
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:  # of all, where a cache has the first ones
+            prompt = max(prompt, mask.shape[1])
+        return _Generation(prompt, rows, tokens)
 
     def _arguments(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """Name what a pass is given."""
@@ -194,6 +311,12 @@ class _Following:
         return given
 
     def _span(self, given: Mapping[str, Any], cache: Any) -> Span:
+        if other := [name for name in _UNCOUNTED if given.get(name) is not None]:
+            raise ValueError(
+                f"{type(self._model).__name__} is given {other[0]}=..., which does not say how "
+                "many tokens of its sequence ran: leave it out (use_cache=False for what generate()"
+                " adds), and give one sequence for each row"
+            )
         tokens = _tokens_in(given)
         if not isinstance(tokens, Tensor):
             raise ValueError(
@@ -202,13 +325,17 @@ class _Following:
             )
         rows, count = tokens.shape[:2] if tokens.ndim > 1 else (1, len(tokens))
         start = _held_by(cache)
-        if start:
-            return Span(start, start + count, self._prompt_of(cache, start))
-        generation = self._generation
-        if generation is None:
-            return Span(0, count, count)
+        prompt = self._known(cache, start).prompt if start else count
+        if self._generation is not None:
+            prompt = self._prompt_in(self._generation, cache, start, count, rows, prompt)
+        return Span(start, start + count, prompt)
+
+    def _prompt_in(
+        self, generation: _Generation, cache: Any, start: int, count: int, rows: int, prompt: int
+    ) -> int:
+        """How long the prompt of a pass inside generate() is; `prompt` says what its cache does."""
         if generation.prompt is None:
-            generation.prompt, generation.rows = count, rows
+            generation.prompt, generation.rows = start + count, rows
         if self._see_batch and rows != generation.rows:
             raise ValueError(
                 f"{self._see_batch!r} depends on the other prompts of a batch, and generate() runs "
@@ -216,27 +343,56 @@ class _Following:
                 "each prompt one row, or leave it out"
             )
         another = generation.cache is not None and cache is not generation.cache
+        if another and start:
+            return prompt
         if another or (cache is None and count < generation.prompt):
+            raise ValueError(_SECOND)
+        if start >= generation.prompt and not generation.begun:
             raise ValueError(
-                "generate() runs a second sequence beside the prompt (guidance_scale), and "
-                "positions count in one: leave that out"
+                f"generate() is given {generation.prompt} tokens, and a cache that holds {start}: "
+                "give the whole sequence, those in the cache too"
             )
-        generation.cache = cache
-        return Span(0, count, generation.prompt)
+        generation.cache, generation.begun = cache, True
+        return generation.prompt
 
-    def _prompt_of(self, cache: Any, held: int) -> int:
-        known, prompt = self._prompts.get(id(cache), (None, 0))
-        if known is None or known() is not cache:
+    def _known(self, cache: Any, start: int) -> _Held:
+        """What ran into a cache; refuses one that got tokens elsewhere."""
+        held = self._held.get(id(cache))
+        ran = held.tokens if held is not None and held.cache() is cache else 0
+        if held is None or ran < start:
             raise ValueError(
-                f"the cache holds {held} tokens that did not run inside this block, so that it is "
-                "not known where the prompt ends: run them inside it too"
+                f"the cache holds {start} tokens{f', of which {start - ran}' if ran else ' that'} "
+                "did not run inside this block, so that they are not changed, and it is not known "
+                "where the prompt ends: run them inside it too"
             )
-        return prompt
+        return held
 
-    def _remember(self, cache: Any, prompt: int) -> None:
+    def _remember(self, cache: Any, span: Span) -> None:
         if cache is not None:
-            self._prompts = {i: of for i, of in self._prompts.items() if of[0]() is not None}
-            self._prompts[id(cache)] = ref(cache), prompt
+            self._held = {i: held for i, held in self._held.items() if held.cache() is not None}
+            self._held[id(cache)] = _Held(ref(cache), span.prompt, span.stop)
+
+
+def _goes_on(tokens: Tensor, before: Tensor | None) -> bool:
+    """Whether a sequence begins with another."""
+    return before is not None and torch.equal(tokens[:, : before.shape[1]].to(before), before)
+
+
+_SECOND = (
+    "generate() runs a second sequence beside the prompt (guidance_scale), and positions count in "
+    "one: leave that out"
+)
+
+
+def _require_one_sequence(model: nn.Module, args: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Refuse ways of generating that run others beside the prompt, before anything runs."""
+    if given.get("cache_implementation") == "paged":
+        raise ValueError(f"{_REFUSED['generate_batch']}: leave out cache_implementation='paged'")
+    own = getattr(model, "generation_config", None)
+    configs = (given.get("generation_config"), args[1] if len(args) > 1 else None, own)
+    scales = [given.get("guidance_scale"), *(getattr(c, "guidance_scale", None) for c in configs)]
+    if next((scale for scale in scales if scale is not None), 1) != 1:
+        raise ValueError(_SECOND)
 
 
 def _around(instead: Callable[..., Any], module: nn.Module, name: str) -> Callable[..., Any]:
@@ -273,8 +429,19 @@ def _replaced(module: nn.Module, name: str, instead: Callable[..., Any]) -> Iter
             own[name] = kept
 
 
-def _refuse_stream(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    raise ValueError("interventions follow generate(), not generate_stream(): use that one")
+_REFUSED = {
+    "generate_stream": "interventions follow generate(), not generate_stream()",
+    **dict.fromkeys(
+        ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"),
+        "interventions do not follow continuous batching, which runs several prompts in a row",
+    ),
+}
+
+
+def _refuse(passes: Passes, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if passes.resting:
+        return run(*args, **kwargs)
+    raise ValueError(f"{_REFUSED[name]}: use generate()")
 
 
 def _tokens_in(given: Mapping[str, Any]) -> Any:
@@ -292,14 +459,26 @@ def _held_by(cache: Any) -> int:
     if cache is None:
         return 0
     try:
-        if hasattr(cache, "get_seq_length"):
-            return int(cache.get_seq_length())
-        return int(cache[0].past_keys.shape[1])
+        if not hasattr(cache, "get_seq_length"):
+            return int(cache[0].past_keys.shape[1])
+        if (held := int(cache.get_seq_length())) or not _has_numbers(cache):
+            return held
     except Exception as error:
         raise ValueError(
             f"a cache of type {type(cache).__name__} does not say how many tokens it holds: give a "
             "transformers Cache, such as DynamicCache(), or run without one (use_cache=False)"
         ) from error
+    raise ValueError(
+        f"a cache of type {type(cache).__name__} says that it holds no tokens, and is not empty: "
+        "run without one (use_cache=False), or give a new one if it is to begin a sequence"
+    )
+
+
+def _has_numbers(cache: Any) -> bool:
+    """Whether a cache holds more than zeros, as one that is new or was reset does not."""
+    parts = [vars(part) for part in (cache, *getattr(cache, "layers", ()))]
+    tensors = (leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor))
+    return any(tensor.is_floating_point() and bool(tensor.any()) for tensor in tensors)
 
 
 def _require_no_padding(given: Mapping[str, Any], span: Span | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from basinscope.models.forward import evaluating
 from basinscope.models.passes import Passes
-from basinscope.models.sites import Heads, by_example, head_weights, listening
+from basinscope.models.sites import Heads, by_example, head_weights, listening, weights_by_head
 
 Added = dict[int, dict[int, Tensor]]
 """Layer and head to what its share is more than what it passes makes, (example, token, d_model)."""
@@ -56,11 +56,18 @@ def change_shares(
     """
     _require_sum(model, layer, heads, changes[0][0])
     added: dict[int, Tensor] = {}
+    projection: nn.Module | None = None  # the one that runs: of the model, or of a copy of it
+
+    def see(module: nn.Module, args: object) -> None:
+        nonlocal projection
+        projection = module
 
     def compare(passed: Tensor) -> None:
         added.clear()
+        assert projection is not None
+        of_heads = weights_by_head(projection, heads)
         for _, head, change in changes:
-            weights = head_weights(model, heads)[head].to(passed.dtype)
+            weights = of_heads[head].to(passed.dtype)
             share = torch.einsum("bps,sd->bpd", passed[:, :, head], weights)
             before = share + added[head] if head in added else share
             if (after := change(before)) is not before:
@@ -76,9 +83,10 @@ def change_shares(
         span = passes.span
         return 1 if span is None else span.length
 
+    adds_up = model.get_submodule(heads.projection.rpartition(".")[0])
+    hooks.callback(adds_up.register_forward_pre_hook(see).remove)
     hooks.callback(listening(model, heads.passed, compare, length).remove)
-    projection = model.get_submodule(heads.projection.rpartition(".")[0])
-    hooks.callback(projection.register_forward_hook(add).remove)
+    hooks.callback(adds_up.register_forward_hook(add).remove)
     return added
 
 

@@ -192,6 +192,11 @@ def _sites(model: nn.Module) -> Sites:
         else:
             heads[number] = found
     plain |= _queries_keys_values(model, structure)
+    if not hasattr(model, "get_input_embeddings"):
+        raise UnknownStructureError(
+            "it has no get_input_embeddings(): give a Hugging Face causal LM or a TransformerLens "
+            "model"
+        )
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     plain["embed"] = Site(next(n for n, m in model.named_modules() if m is embedding), "output")
     norm = find_final_norm(model)
@@ -241,10 +246,14 @@ def _queries_keys_values(model: nn.Module, structure: ModelStructure) -> dict[st
 
 def head_weights(model: nn.Module, heads: Heads) -> Tensor:
     """Give the map from each head to the stream, (head, d_head, d_model)."""
-    weight = model.get_parameter(heads.projection)
+    return weights_by_head(model.get_submodule(heads.projection.rpartition(".")[0]), heads)
+
+
+def weights_by_head(module: nn.Module, heads: Heads) -> Tensor:
+    """Give the same from the module that has the parameter."""
+    weight = module.get_parameter(heads.projection.rpartition(".")[2])
     if weight.ndim == 3:
         return weight
-    module = model.get_submodule(heads.projection.rpartition(".")[0])
     transposed = isinstance(module, nn.Linear) or type(module).__name__ != "Conv1D"
     return (weight.T if transposed else weight).unflatten(0, (heads.passed.heads, -1))
 

@@ -31,6 +31,7 @@ from basinscope.io.store import (
 )
 from basinscope.io.writer import BackgroundWriter
 from basinscope.kernels.linear import uses_onednn
+from basinscope.models.passes import require_unchanged
 from basinscope.sampling.chain import cuda_devices, run_chains, working_copy
 from basinscope.sampling.config import SamplerConfig, merge_rmsprop_aliases
 from basinscope.sampling.execution import Execution, check_execution
@@ -210,7 +211,8 @@ def sample(
     Raises
     ------
     ValueError, TypeError
-        Before any sampling: an argument, data set, mask or model that does not fit.
+        Before any sampling: an argument, data set, mask or model that does not fit; a model inside
+        a block of :func:`basinscope.intervened`.
     StoreMismatchError
         If ``output_path`` has a store of other settings; names each field.
     FileExistsError, NotADirectoryError
@@ -225,6 +227,7 @@ def sample(
     WeightRoundingWarning
         If the moved weights have 16 bits and typical steps are small against their rounding.
     """
+    require_unchanged(model, "sample()")
     config = SamplerConfig(
         lr=lr,
         n_beta=n_beta,

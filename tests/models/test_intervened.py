@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
 
 import basinscope
 from basinscope import ExtractionConfig, Intervention, extract, intervened
@@ -33,6 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
 }
 AFTER = slice(PROMPT, None)
+BATCHES = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 SETS: dict[str, list[Intervention]] = {
     "add": [
         Intervention("add", "resid_out_0", source=2 * SOURCES[0]),
@@ -127,7 +132,7 @@ def numbers(positions: Positions | None, prompt: int, length: int) -> list[int]:
 
 def untouched(model: nn.Module) -> bool:
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    return not hooks and not {"forward", "generate"} & set(vars(model))
+    return not hooks and not {"forward", "generate", *BATCHES} & set(vars(model))
 
 
 @pytest.mark.parametrize("kind", MERGED)
@@ -444,6 +449,16 @@ REFUSED: dict[str, tuple[Intervention, dict[str, Any], str]] = {
         {"guidance_scale": 2.0},
         "a second sequence",
     ),
+    "guidance without a cache": (
+        Intervention("zero", "mlp_out_0", "last"),
+        {"guidance_scale": 2.0, "use_cache": False, "negative_prompt_ids": ids(2, 9)},
+        "a second sequence",
+    ),
+    "pages": (
+        Intervention("zero", "mlp_out_0", "last"),
+        {"cache_implementation": "paged"},
+        "do not follow continuous batching.* leave out cache_implementation",
+    ),
 }
 
 
@@ -473,11 +488,15 @@ def test_passes_whose_positions_cannot_be_known_are_refused() -> None:
             model(ids()[:, :1], past_key_values=((torch.ones(1), torch.ones(1)),))
         with pytest.raises(ValueError, match="whose tokens cannot be counted"):
             model(None)
-    with (
-        intervened(model, given),
-        pytest.raises(ValueError, match="outside of the model's own forward pass"),
-    ):
-        model.transformer(ids())
+        for other in ({"cache": object()}, {"cu_seq_lens_q": torch.tensor([0, 2, 6])}):
+            with pytest.raises(ValueError, match="does not say how many tokens of its sequence"):
+                model(ids(1), **other)
+    with intervened(model, given):
+        for run in (lambda: None, lambda: model(ids()), lambda: model(ids(), labels=ids(2, 3))):
+            with suppress(ValueError, IndexError):
+                run()  # what ran before, or failed, says nothing about a part of the model
+            with pytest.raises(ValueError, match="outside of the model's own forward pass"):
+                model.transformer(ids())
     compiled = nn.Module()
     compiled._orig_mod = model  # as torch.compile has it
     with pytest.raises(ValueError, match=r"give, and run, the model .*_orig_mod"):
@@ -485,6 +504,309 @@ def test_passes_whose_positions_cannot_be_known_are_refused() -> None:
     with pytest.raises(TypeError, match="must be a list of Intervention"):
         intervened(model, ["zero"]).__enter__()  # type: ignore[list-item]
     assert untouched(model)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_continuous_batching_is_refused_at_once(name: str) -> None:
+    model = model_of("llama")
+    with (
+        pytest.raises(ValueError, match="do not follow continuous batching"),
+        intervened(model, [Intervention("zero", "mlp_out_0", "last")]),
+    ):
+        getattr(model, name)([[1, 2]])
+    assert untouched(model)
+
+
+def test_guidance_of_a_generation_config_is_refused_and_no_guidance_is_not() -> None:
+    model = copy.deepcopy(model_of("llama"))
+    given, plain = [Intervention("zero", "mlp_out_0", "last")], model.generation_config
+    guided = copy.deepcopy(plain)
+    guided.guidance_scale = 2.0
+    expected = recomputed(model, ids(), given)[0]
+    with intervened(model, given):
+        assert torch.equal(generated(model, ids(), guidance_scale=1)[0], expected)
+        with pytest.raises(ValueError, match="a second sequence"):
+            model.generate(ids(), generation_config=guided)
+        with pytest.raises(ValueError, match="a second sequence"):
+            model.generate(ids(), guided)
+        model.generation_config = guided
+        with pytest.raises(ValueError, match="a second sequence"):
+            generated(model, ids())
+        assert torch.equal(generated(model, ids(), guidance_scale=1)[0], expected)
+
+
+ENDS = [
+    Intervention("add", "resid_out_0", "last", source=4 * SOURCES[0]),
+    Intervention("knockout", "attn_pattern_1", "last", key_positions=0),
+]
+
+
+@torch.no_grad()
+def test_a_prompt_whose_first_tokens_are_in_a_cache_ends_where_it_does() -> None:
+    """What ran before was changed where its own prompts ended, and stays so in the cache."""
+    model = model_of("llama")
+    turn = ids(2, PROMPT + 4)
+    for begin in (lambda c: model(ids(2)[:, :3], past_key_values=c), None):
+        held = DynamicCache(config=model.config)
+        with intervened(model, ENDS):
+            if begin is not None:
+                begin(held)
+                first, ends = ids(2), [2, PROMPT - 1]
+            else:
+                one = generated(model, ids(2, 4), past_key_values=held)[0]
+                first, ends = torch.cat([one, turn[:, :3]], 1), [3, one.shape[1] + 2]
+            settings: dict[str, Any] = {"past_key_values": held}
+            found = generated(model, first, **settings)
+        numbered = [replace(each, positions=ends) for each in ENDS]
+        expected = recomputed(model, first, numbered)
+        assert torch.equal(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4)
+        wrong = recomputed(model, first, ENDS)[1]
+        assert (wrong - expected[1]).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_new_tokens_alone_go_on_with_a_cache_as_their_mask_says() -> None:
+    model, whole = model_of("llama"), ids(2)
+    numbered = [replace(each, positions=[2, PROMPT - 1]) for each in ENDS]
+    expected = recomputed(model, whole, numbered)
+    with intervened(model, ENDS):
+        held = model(whole[:, :3]).past_key_values
+        mask = torch.ones_like(whole)
+        found = generated(model, whole[:, 3:], past_key_values=held, attention_mask=mask)[1]
+        with pytest.raises(ValueError, match="given 3 tokens, and a cache that holds 8: give the"):
+            generated(model, whole[:, 3:], past_key_values=held)
+    torch.testing.assert_close(found, expected[1], rtol=0, atol=1e-4)
+    with intervened(model, [Intervention("zero", "mlp_out_0", [1, 2])]):
+        held = model(whole[:, :3]).past_key_values
+        held.crop(-2)
+        assert generated(model, whole[:, :3], past_key_values=held)[0].shape == (2, 6)
+    with intervened(model, [Intervention("zero", "mlp_out_0", 3)]):
+        held = model(whole[:, :4]).past_key_values
+        held.crop(-3)
+        with pytest.raises(ValueError, match="a sequence has 3 tokens"):
+            generated(model, whole[:, :3], past_key_values=held)
+
+
+def test_a_model_that_assists_itself_guesses_with_the_prompts_positions() -> None:
+    """Else it would guess wrong, and more would have to run."""
+    model = model_of("llama")
+    by_number = [Intervention("add", "resid_out_0", PROMPT - 1, source=4 * SOURCES[0])]
+    settings = {"assistant_model": model, "max_new_tokens": 8}
+    counts, made = [], []
+    for given in (by_number, [replace(by_number[0], positions="last")]):
+        ran: list[int] = []
+        handle = model.lm_head.register_forward_hook(lambda *_, r=ran: r.append(1))
+        with intervened(model, given):
+            made.append(generated(model, ids(1), **settings)[0])
+        handle.remove()
+        counts.append(len(ran))
+    assert torch.equal(*made)
+    assert counts[0] == counts[1]
+
+
+_LINEAR = {f"linear_{what}_head_dim": 4 for what in ("key", "value")} | {
+    f"linear_num_{what}_heads": 2 for what in ("key", "value")
+}
+_SSM = {"mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8, "mamba_expand": 2}
+_EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "minimax": {"head_dim": 8, "num_local_experts": 2},
+    "qwen3_next": {
+        "head_dim": 8, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8,
+        **_LINEAR, **_EXPERTS,
+    },
+    "jamba": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, **_EXPERTS,
+    },
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, **_SSM},
+}  # fmt: skip
+
+
+def hybrid(name: str) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(3)
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    settings = {**CONFIGS["llama"], **HYBRIDS[name], "vocab_size": VOCABULARY, "pad_token_id": 0}
+    settings |= kinds if name in ("minimax", "qwen3_next") else {}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
+
+
+LATER = [Intervention("add", "resid_out_0", slice(PROMPT, None), source=4 * SOURCES[0])]
+
+
+@torch.no_grad()
+def test_a_cache_that_does_not_count_is_refused() -> None:
+    model, why = hybrid("minimax"), "says that it holds no tokens, and is not empty"
+    filled = model(ids()).past_key_values
+    assert filled.get_seq_length() == 0
+    with intervened(model, LATER):
+        with pytest.raises(ValueError, match=why):
+            model(ids(), past_key_values=filled)
+        with pytest.raises(ValueError, match=why):
+            generated(model, ids())
+        found = generated(model, ids(), use_cache=False)[1]
+        assert model(ids()).logits.shape == (2, PROMPT, VOCABULARY)  # makes one, and needs none
+    torch.testing.assert_close(found, recomputed(model, ids(), LATER)[1], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*sorted({*HYBRIDS} - {"minimax"}), "llama", "static"])
+def test_a_cache_that_was_reset_begins_anew(name: str) -> None:
+    model = hybrid(name) if name in HYBRIDS else model_of("llama")
+    whole = ids(2, PROMPT + 1)
+    expected = extract(model, whole, LOGITS, LATER)["logits"]
+    given = StaticCache(config=model.config, max_cache_len=16) if name == "static" else None
+    held = model(ids(2, 3), past_key_values=given).past_key_values
+    with intervened(model, LATER):
+        for _ in range(2):
+            held.reset()
+            model(whole[:, :PROMPT], past_key_values=held)
+            found = model(whole[:, PROMPT:], past_key_values=held).logits
+            torch.testing.assert_close(found, expected[:, PROMPT:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_cache_may_be_cropped_and_not_get_tokens_elsewhere() -> None:
+    model, whole = model_of("llama"), ids(2, PROMPT + 1)
+    other = copy.deepcopy(model)
+    expected = extract(model, whole, LOGITS, LATER)["logits"]
+    with intervened(model, LATER):
+        held = model(whole[:, :PROMPT]).past_key_values
+        for _ in range(2):
+            found = model(whole[:, PROMPT:], past_key_values=held).logits
+            torch.testing.assert_close(found, expected[:, PROMPT:], rtol=1e-4, atol=1e-5)
+            held.crop(-1)
+        held.crop(-PROMPT)
+        model(ids(2, 4), past_key_values=held)
+        other(ids(2, 4), past_key_values=held)
+        with pytest.raises(ValueError, match="holds 8 tokens, of which 4 did not run inside"):
+            model(ids(2, 1), past_key_values=held)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # where none is wanted
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_blocks_that_backward_runs_again_are_changed_again(reentrant: bool) -> None:
+    model = copy.deepcopy(model_of("llama")).train()
+    model.enable_input_require_grads()
+    given = [Intervention("add", "attn_in_0", 2, source=4 * SOURCES[0])]
+
+    def gradients(between: Callable[[], Any]) -> Tensor:
+        model.zero_grad()
+        with intervened(model, given):
+            loss = model(ids(), labels=ids(), use_cache=False).loss
+            between()
+            loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    def look() -> None:
+        with torch.no_grad():
+            model(ids(2, 5))
+
+    expected = gradients(look)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert torch.equal(gradients(look), expected)
+    with pytest.raises(ValueError, match="pass of 6 tokens, and the last one with gradients had 5"):
+        gradients(lambda: model(ids(2, 5)))
+
+
+@torch.no_grad()
+def test_a_copys_shares_are_of_its_own_weights() -> None:
+    model, given = model_of("llama"), [Intervention("patch", "head_out_L1H2", source=SOURCES[0])]
+    with intervened(model, given):
+        copied = copy.deepcopy(model)
+        copied.model.layers[1].self_attn.o_proj.weight.mul_(3)
+        inside = copied(ids()).logits
+        own = model(ids()).logits
+    expected = copy.deepcopy(model)
+    expected.model.layers[1].self_attn.o_proj.weight.mul_(3)
+    torch.testing.assert_close(inside, extract(expected, ids(), LOGITS, given)["logits"])
+    torch.testing.assert_close(own, extract(model, ids(), LOGITS, given)["logits"])
+
+
+def test_stores_that_would_not_record_interventions_are_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    wrapped = nn.Module()
+    wrapped._orig_mod = model  # as torch.compile has it
+    data, place = datasets.Dataset.from_dict({"input_ids": ids(8).tolist()}), tmp_path / "store"
+    settings: dict[str, Any] = {"lr": 1e-3, "n_beta": 1.0, "num_chains": 1, "num_draws": 1}
+    calls: dict[str, Callable[[Any], Any]] = {
+        "extract_dataset": lambda model: basinscope.extract_dataset(
+            model, data, LOGITS, output=place
+        ),
+        "sample": lambda model: basinscope.sample(
+            model, data, {}, batch_size=2, output_path=place, **settings
+        ),
+        "harvest_attributions": lambda model: basinscope.harvest_attributions(
+            model, data, output_path=place, batch_size=2
+        ),
+    }
+    for name, call in calls.items():
+        for each in (model, wrapped):
+            with (
+                intervened(model, []),
+                pytest.raises(ValueError, match=rf"{name}\(\) inside a block of intervened\(\)"),
+            ):
+                call(each)
+    assert not place.exists()
+    calls["extract_dataset"](model)
+    assert place.exists()
+
+
+@torch.no_grad()
+def test_blocks_left_in_another_order_are_closed() -> None:
+    model = model_of("gpt2")
+    plain = model(ids()).logits
+    outer, inner = (intervened(model, [Intervention("zero", f"mlp_out_{i}")]) for i in (0, 1))
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="leave them in the other order"):
+        outer.__exit__(None, None, None)
+    assert torch.equal(model(ids()).logits, plain)
+    inner.__exit__(None, None, None)
+    assert untouched(model)
+    assert torch.equal(model(ids()).logits, plain)
+
+
+def test_models_that_are_no_causal_language_models_are_refused() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    given = [Intervention("add", "resid_out_0", "last", source=SOURCES[0])]
+    sizes = {"d_model": 16, "max_position_embeddings": 32, "vocab_size": VOCABULARY}
+    sizes |= {f"{part}_layers": 1 for part in ("encoder", "decoder")}
+    sizes |= {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    bart = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **sizes))
+    with pytest.raises(ValueError, match="runs two sequences, its encoder's and its decoder's"):
+        intervened(bart, given).__enter__()
+    with pytest.raises(ValueError, match=r"cannot be found: .*causal LM"):
+        intervened(Plain(), given).__enter__()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16}
+    rwkv = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("rwkv", vocab_size=VOCABULARY, context_length=32, **sizes)
+    ).eval()
+    with intervened(rwkv, given), torch.no_grad():
+        state = rwkv(ids(), use_cache=True).state
+        with pytest.raises(ValueError, match=r"is given state=.*use_cache=False"):
+            rwkv(ids(), state=state)
+
+
+class Plain(nn.Module):
+    """Layers with attention that a Hugging Face model could have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inside: Any = copy.deepcopy(model_of("gpt2"))
+        self.h, self.wte = inside.transformer.h, inside.transformer.wte
+        self.head = inside.lm_head
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.wte(input_ids)
+        for layer in self.h:
+            hidden = layer(hidden)
+        return self.head(hidden)
 
 
 def test_a_model_that_was_compiled_in_place_runs_as_it_is_written() -> None:
