@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import xarray as xr
 
@@ -16,6 +16,7 @@ from basinscope.analysis.plan import Plan
 from basinscope.analysis.reliability import plan_bif_reliability
 from basinscope.analysis.susceptibilities import (
     FULL,
+    Baseline,
     compute_susceptibilities,
     plan_of_susceptibilities,
 )
@@ -145,6 +146,7 @@ def susceptibilities(
     n_beta: float,
     loss_fn: LossFn | None = None,
     include_sampling_task: bool = False,
+    baseline: Baseline = "sampling",
     output_path: str | os.PathLike[str] | None = None,
     client: Client | None = None,
     progress: bool | None = None,
@@ -165,6 +167,8 @@ def susceptibilities(
         The observable on the data that is sampled on.
     include_sampling_task : bool
         Ask about its tokens too.
+    baseline : {"sampling", "task"}
+        As :func:`basinscope.compute_susceptibilities` takes it.
     output_path : path, optional
         ``runs/s.zarr`` writes ``runs/s_{restriction}.zarr``, a store for each restriction; the
         same call continues what was stopped, and restrictions that are complete are not sampled
@@ -210,6 +214,8 @@ def susceptibilities(
             f"{sampling_task!r} is the only observable: add another to ask about, or pass "
             "include_sampling_task=True"
         )
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline={baseline!r}: choose 'sampling' or 'task'")
     if client is not None and output_path is None:
         raise ValueError("with a client the workers write stores: give output_path")
     reference = weight_restrictions[FULL]
@@ -234,7 +240,7 @@ def susceptibilities(
             trees[name] = sample(*arguments, **{**settings, **one})
             report(len(trees))
     return compute_susceptibilities(
-        trees, sampling_task, include_sampling_task=include_sampling_task
+        trees, sampling_task, include_sampling_task=include_sampling_task, baseline=baseline
     )
 
 

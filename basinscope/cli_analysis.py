@@ -309,6 +309,13 @@ def susceptibilities(
     include_task: Annotated[
         bool, typer.Option("--include-task", help="Ask about the task's tokens too.")
     ] = False,
+    baseline: Annotated[
+        str,
+        typer.Option(
+            help="Loss at the checkpoint to count from: of the sampling batches (sampling), or of "
+            "the task's own sequences (task)."
+        ),
+    ] = "sampling",
     as_json: AsJson = False,
     dry_run: DryRun = False,
     allow_incomplete: Incomplete = False,
@@ -325,11 +332,13 @@ def susceptibilities(
         )
         from basinscope.report.tables import susceptibility_figures, susceptibility_table
 
+        require_one_of("--baseline", baseline, ("sampling", "task"))
         restrictions = parse_restrictions(stores)
         refuse_other_kinds(*restrictions.values())
         options: dict[str, Any] = {
             "observable_names": observable or None,
             "include_sampling_task": include_task,
+            "baseline": baseline,
             "allow_incomplete": allow_incomplete,
             "memory_limit": memory_limit,
         }

@@ -89,6 +89,10 @@ def test_the_same_call_takes_what_was_sampled(problem: Any, tmp_path: Path) -> N
     again = basinscope.susceptibilities(*problem, masks, **options)
     np.testing.assert_array_equal(first["susceptibilities/sus"], again["susceptibilities/sus"])
     assert written == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    own = basinscope.susceptibilities(*problem, masks, **options, baseline="task").compute()
+    assert not np.allclose(first["susceptibilities/sus"], own["susceptibilities/sus"])
+    with pytest.raises(ValueError, match="baseline='own': choose 'sampling' or 'task'"):
+        basinscope.susceptibilities(*problem, masks, **options, baseline="own")
     assert first["susceptibilities"].attrs["dataset_id_to_name"] == ["b", "the_task"]
 
 

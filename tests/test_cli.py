@@ -458,6 +458,18 @@ def test_susceptibilities_from_the_shell(folder: Path) -> None:
         assert f"{error:.2e}" in shown
     assert (folder / "sus.zarr" / "susceptibilities" / "sus").is_dir()
     assert "no observable" in invoke("susceptibilities", *stores, "--task", "third").output
+    named = {"full": stores[0], "l0": folder / "l0.zarr"}  # which really moves less
+    plan = write_plan(folder, output=str(named["l0"]), restriction="l0")
+    assert invoke("sample", plan).exit_code == 0
+    given = [f"{name}={store}" for name, store in named.items()]
+    means = []
+    for baseline in ("sampling", "task"):
+        own = ["--task", "first", "--baseline", baseline, "--json"]
+        (row,) = json.loads(invoke("susceptibilities", *given, *own).stdout)
+        tree = basinscope.compute_susceptibilities(named, "first", baseline=baseline)
+        means.append(float(tree["susceptibilities"]["sus"].mean()))
+        assert row["mean"] == pytest.approx(means[-1])
+    assert means[0] != pytest.approx(means[1])
     refused = invoke("susceptibilities", stores[1], "--task", "first")
     assert "cannot be told from the names" in refused.output.replace("\n", " ")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -36,6 +36,7 @@ from basinscope.io import dims
 from basinscope.io.results import write_result
 
 FULL = "full"  # the run that moved all weights
+Baseline = Literal["sampling", "task"]
 RUN_BYTES = 2**26  # most losses of a run, in memory, that one task takes together
 MAY_DIFFER = {  # settings that leave the comparison of two runs fair
     "init_seed", "num_chains", "num_draws", "num_init_loss_batches",
@@ -49,6 +50,7 @@ def compute_susceptibilities(
     observable_names: Sequence[str] | None = None,
     include_sampling_task: bool = False,
     *,
+    baseline: Baseline = "sampling",
     output_path: str | os.PathLike[str] | None = None,
     allow_incomplete: bool = False,
     memory_limit: int | str | None = None,
@@ -56,7 +58,7 @@ def compute_susceptibilities(
     """Estimate the susceptibility of every token's loss to every weight restriction.
 
     With P the mean loss on the sampling task at a draw of the restricted run, φ = P - mean
-    ``init_loss`` of "full", and ℓ the loss of a token,
+    ``init_loss`` of "full" (see ``baseline``), and ℓ the loss of a token,
 
         sus = E[φ P] - E[φ ℓ] - E[φ] (mean of the task's loss in "full" - E_full[ℓ]),
 
@@ -74,6 +76,11 @@ def compute_susceptibilities(
         Observables whose tokens are asked about. Default: all but the task.
     include_sampling_task : bool
         Ask about the task's tokens too, where ``observable_names`` is not given.
+    baseline : {"sampling", "task"}
+        The loss at the checkpoint that φ counts from: of the sampling batches, as devinterp has
+        it, or of the very sequences of the task that P is of. The first differs from the second by
+        as much as other sequences do, which is in E[φ], and there hides what small restrictions
+        do.
     output_path : path, optional
         Compute now and write to a Zarr store; the same call continues a stopped one.
     allow_incomplete : bool
@@ -94,9 +101,9 @@ def compute_susceptibilities(
     Raises
     ------
     ValueError
-        If "full" is missing, an observable is unknown, or stores differ in their settings or their
-        observables; names both sides. Token ids that differ are found when they are read: of
-        stores in memory, at once.
+        If "full" is missing, an observable or the baseline is unknown, or stores differ in their
+        settings or their observables; names both sides. Token ids that differ are found when they
+        are read: of stores in memory, at once.
     PlanError
         If the memory does not suffice.
     StoreMismatchError
@@ -118,11 +125,14 @@ def compute_susceptibilities(
     _plan(losses, task, probes).validate(parse_memory_limit(memory_limit))
 
     full = stores[FULL]
+    init_losses = _baseline(full, task, baseline)
     layouts = {obs_id: Layout.of(losses[FULL][obs_id]) for obs_id in probes}
     places = [(obs_id, rows) for obs_id in probes for rows in sequence_blocks(layouts[obs_id])]
     made_from = _at_once if _at_hand(losses) else _by_block
-    below_task = made_from(losses[FULL], task, places, full, _below_task)
-    responses = [made_from(losses[name], task, places, full, _response) for name in restrictions]
+    below_task = made_from(losses[FULL], task, places, init_losses, _below_task)
+    responses = [
+        made_from(losses[name], task, places, init_losses, _response) for name in restrictions
+    ]
     ids = {obs_id: _common_ids(stores, obs_id) for obs_id in probes}
     unchecked = {obs_id: flat for obs_id, flat in ids.items() if isinstance(flat, Delayed)}
     sizes = [(rows.stop - rows.start) * layouts[obs_id].shape[3] for obs_id, rows in places]
@@ -147,7 +157,12 @@ def compute_susceptibilities(
     if output_path is None:
         return result
     settings = {
-        "susceptibilities": {"task": task, "observables": probes, "restrictions": restrictions},
+        "susceptibilities": {
+            "task": task,
+            "observables": probes,
+            "restrictions": restrictions,
+            **({} if baseline == "sampling" else {"baseline": baseline}),
+        },
         "sources": {
             name: store.identity([f"loss_{obs_id}" for obs_id in (task, *probes)])
             for name, store in stores.items()
@@ -162,6 +177,7 @@ def plan_of_susceptibilities(
     observable_names: Sequence[str] | None = None,
     include_sampling_task: bool = False,
     *,
+    baseline: Baseline = "sampling",
     allow_incomplete: bool = False,
     memory_limit: int | str | None = None,
 ) -> Plan:
@@ -171,6 +187,7 @@ def plan_of_susceptibilities(
     """
     stores = _opened(wr_map, allow_incomplete)
     task, probes = _observables(stores, sampling_task, observable_names, include_sampling_task)
+    _baseline(stores[FULL], task, baseline)
     return _plan(_losses(stores, task, probes), task, probes)
 
 
@@ -190,6 +207,21 @@ def _opened(
     if len(wr_map) == 1:
         raise ValueError(f"wr_map has {FULL!r} only: add a store for each weight restriction")
     return {name: open_samples(store, allow_incomplete) for name, store in wr_map.items()}
+
+
+def _baseline(full: Samples, task: str, baseline: str) -> list[Any]:
+    """Find the losses at the checkpoint that φ counts from; reads nothing."""
+    if baseline == "sampling":
+        return list(full.init_loss())
+    if baseline != "task":
+        raise ValueError(f"baseline={baseline!r}: choose 'sampling' or 'task'")
+    at_start = full.dataset.variables.get(f"init_loss_{task}")
+    if at_start is None:
+        raise ValueError(
+            f"baseline='task' needs init_loss_{task}, which {full.name} has not (devinterp writes "
+            "none): leave it out, or sample again"
+        )
+    return [unread(at_start)]
 
 
 def _losses(
@@ -364,18 +396,26 @@ def _at_hand(losses: Mapping[str, Mapping[str, list[Part]]]) -> bool:
 
 
 def _at_once(
-    losses: Mapping[str, list[Part]], task: str, places: list[Place], full: Samples, make: Make
+    losses: Mapping[str, list[Part]],
+    task: str,
+    places: list[Place],
+    init_losses: list[Any],
+    make: Make,
 ) -> list[Delayed]:
     """Have something made of one run's losses, all in one task."""
     probes = {obs_id: losses[obs_id] for obs_id, _ in places}
-    return [delayed(_of_losses)(losses[task], full.init_loss(), probes, make)] * len(places)
+    return [delayed(_of_losses)(losses[task], init_losses, probes, make)] * len(places)
 
 
 def _by_block(
-    losses: Mapping[str, list[Part]], task: str, places: list[Place], full: Samples, make: Make
+    losses: Mapping[str, list[Part]],
+    task: str,
+    places: list[Place],
+    init_losses: list[Any],
+    make: Make,
 ) -> list[Delayed]:
     """Have something made of every block of one run's losses, a task for each."""
-    of_task = with_totals(_of_task, losses[task], full.init_loss())
+    of_task = with_totals(_of_task, losses[task], init_losses)
     return [
         delayed(make)({obs_id: [cut(part, slice(None), rows) for part in losses[obs_id]]}, of_task)
         for obs_id, rows in places

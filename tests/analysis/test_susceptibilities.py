@@ -17,7 +17,7 @@ import pytest
 import xarray as xr
 
 import basinscope
-from basinscope.analysis import plan
+from basinscope.analysis import plan, susceptibilities
 from basinscope.analysis import stores as samples
 from basinscope.analysis.susceptibilities import plan_of_susceptibilities
 from basinscope.io import results, stored
@@ -208,6 +208,42 @@ def test_the_error_is_the_spread_of_repeated_runs() -> None:
         errors.append(got["sus_mcse"].to_numpy())
     ratio = np.sqrt(np.mean(np.square(errors)) / np.var(found, axis=0, ddof=1).mean())
     assert 0.75 < ratio < 1.33
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_the_task_s_own_sequences_may_be_the_baseline(
+    on_disk: bool, at_hand: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the loss of the sampling batches at the checkpoint were theirs."""
+    if not at_hand:
+        monkeypatch.setattr(susceptibilities, "RUN_BYTES", 0)
+    trees = {
+        name: random_tree(seed, observables=OBSERVABLES, init_losses=True, **SIZES)
+        for seed, name in enumerate(["l0h1", "full"])
+    }
+    runs: dict[str, Any] = dict(trees)
+    if on_disk:
+        runs = {name: write_tree(tree, tmp_path / name) for name, tree in trees.items()}
+    got = basinscope.compute_susceptibilities(runs, "task", baseline="task").compute()
+    full = trees["full"].to_dataset()
+    own = float(full["init_loss_task"].mean(dtype=float))
+    full["init_loss"] = full["init_loss"].astype(float) * 0 + own
+    as_if = {**trees, "full": xr.DataTree(full)}
+    expected = basinscope.compute_susceptibilities(as_if, "task").compute()
+    for name in ("sus", "sus_mcse"):
+        found, wanted = (tree[f"susceptibilities/{name}"] for tree in (got, expected))
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-9)
+    plain = basinscope.compute_susceptibilities(runs, "task").compute()
+    assert not np.allclose(plain["susceptibilities/sus"], got["susceptibilities/sus"], rtol=1e-3)
+
+
+def test_a_baseline_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="baseline='own': choose 'sampling' or 'task'"):
+        basinscope.compute_susceptibilities(TREES, "task", baseline="own")  # type: ignore[arg-type]
+    for call in (basinscope.compute_susceptibilities, plan_of_susceptibilities):
+        with pytest.raises(ValueError, match=r"needs init_loss_task, which .* has not"):
+            call(TREES, "task", baseline="task")
 
 
 def test_responses_a_millionth_of_the_losses_are_not_lost_in_rounding() -> None:
