@@ -20,9 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from basinscope.models.following import followed
 from basinscope.models.forward import inside_bridge, uncompiled
 from basinscope.models.knockout import Knockout, cuts_of, knocked_out, require_obeyed
-from basinscope.models.passes import Passes, followed, untouched
+from basinscope.models.passes import Passes, untouched
 from basinscope.models.positions import Positions, Span, described, plain
 from basinscope.models.shares import Added, change_shares
 from basinscope.models.sites import Site, Sites, by_example, find_sites
