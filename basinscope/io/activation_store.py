@@ -415,11 +415,15 @@ class ActivationWriter:
         return count
 
     def _reserve(self, end: int) -> None:
-        """Make arrays of unknown length longer, all alike, and seldom."""
-        longest = max(array.shape[0] for array in self._arrays.values())
-        if self.num_examples is None and end > longest:
+        """Make arrays of unknown length longer, all alike, and seldom; never one shorter.
+
+        A process that was killed may have lengthened some of them only.
+        """
+        lengths = [array.shape[0] for array in self._arrays.values()]
+        if self.num_examples is None and end > min(lengths):
+            room = max(end, 2 * min(lengths), *lengths)
             for array in self._arrays.values():
-                array.resize((max(end, 2 * longest), *array.shape[1:]))
+                array.resize((room, *array.shape[1:]))
 
 
 class _Writer(BackgroundWriter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -294,6 +295,31 @@ def test_a_flipped_bit_is_an_error_not_a_number(tmp_path: Path) -> None:
             with pytest.raises((ValueError, RuntimeError)):
                 open_activations(path)[name].compute()
         file.write_bytes(good)
+
+
+@pytest.mark.parametrize("lengthened", range(1, len(VARIABLES)))
+def test_a_kill_while_arrays_are_lengthened_costs_no_example(
+    lengthened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are longer than the others then; what is written beyond the end of one is lost."""
+    path, total, resize = tmp_path / "a.zarr", 120, zarr.Array.resize
+    calls = itertools.count(1 - 5 * len(VARIABLES))  # to 4, 8, 16, 32, 64 examples, then to 128
+
+    def killed(array: zarr.Array, shape: Any) -> None:
+        if next(calls) > lengthened:
+            raise KeyboardInterrupt
+        resize(array, shape)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr.Array, "resize", killed)
+        with pytest.raises(KeyboardInterrupt), writer(path, None) as made:
+            fill(made, total)
+    lengths = {zarr.open_array(path / name, mode="r").shape[0] for name in VARIABLES}
+    assert lengths == {64, 128}
+    with writer(path, None) as made:
+        fill(made, total)
+        made.finish()
+    require_examples(path, total)
 
 
 @pytest.mark.parametrize("known", [True, False])
