@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import xarray as xr
 
@@ -19,6 +19,7 @@ from basinscope.analysis.susceptibilities import (
     Baseline,
     compute_susceptibilities,
     plan_of_susceptibilities,
+    require_baseline,
 )
 from basinscope.io.location import local_path
 
@@ -214,8 +215,7 @@ def susceptibilities(
             f"{sampling_task!r} is the only observable: add another to ask about, or pass "
             "include_sampling_task=True"
         )
-    if baseline not in get_args(Baseline):
-        raise ValueError(f"baseline={baseline!r}: choose 'sampling' or 'task'")
+    require_baseline(baseline)
     if client is not None and output_path is None:
         raise ValueError("with a client the workers write stores: give output_path")
     reference = weight_restrictions[FULL]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import dask.array as da
 import numpy as np
@@ -211,10 +211,9 @@ def _opened(
 
 def _baseline(full: Samples, task: str, baseline: str) -> list[Any]:
     """Find the losses at the checkpoint that φ counts from; reads nothing."""
+    require_baseline(baseline)
     if baseline == "sampling":
         return list(full.init_loss())
-    if baseline != "task":
-        raise ValueError(f"baseline={baseline!r}: choose 'sampling' or 'task'")
     at_start = full.dataset.variables.get(f"init_loss_{task}")
     if at_start is None:
         raise ValueError(
@@ -222,6 +221,12 @@ def _baseline(full: Samples, task: str, baseline: str) -> list[Any]:
             "none): leave it out, or sample again"
         )
     return [unread(at_start)]
+
+
+def require_baseline(baseline: str) -> None:
+    """Refuse a baseline that there is not."""
+    if baseline not in get_args(Baseline):
+        raise ValueError(f"baseline={baseline!r}: choose 'sampling' or 'task'")
 
 
 def _losses(
